@@ -1,0 +1,31 @@
+"""Gemma 4 with its MTP drafters in MLX. Public names load lazily, so that importing this package is cheap."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .request import Request, SamplingParams, TokenEvent
+    from .runtime import Generation, Runtime, load
+    from .stats import SpecStats
+
+_HOMES = {
+    "Generation": "runtime",
+    "Request": "request",
+    "Runtime": "runtime",
+    "SamplingParams": "request",
+    "SpecStats": "stats",
+    "TokenEvent": "request",
+    "load": "runtime",
+}
+
+__all__ = ["Generation", "Request", "Runtime", "SamplingParams", "SpecStats", "TokenEvent", "__version__", "load"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,99 @@
+"""What a caller asks for and what it gets back. Knows nothing of MLX, models or text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+"""Why a request ended: a stop token, its `max_tokens`, its caller, or a failure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen. The default is greedy decoding (temperature 0).
+
+    Raises ValueError, naming the field, the value and what was expected.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    suppress_tokens: Sequence[int] = ()
+    logprobs: int | None = None
+    constraint: object | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, self.temperature >= 0, "a number of at least 0")
+        _check("top_k", self.top_k, self.top_k >= 0, "a count of at least 0 (0: off)")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1")
+        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "a number above 0")
+        _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "a count of at least 0")
+        _check("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "None or a count")
+
+    @property
+    def greedy(self) -> bool:
+        """True when the most likely token is always taken and no logit is changed."""
+        return self.temperature == 0 and not self.changed_logits
+
+    @property
+    def changed_logits(self) -> tuple[str, ...]:
+        """Names of the fields that change logits, or report them, beyond plain greedy choice."""
+        default = SamplingParams.__dataclass_fields__
+        names = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "logprobs", "constraint")
+        changed = [n for n in names if self.__dict__[n] != default[n].default]
+        changed += [n for n in ("logit_bias", "suppress_tokens") if self.__dict__[n]]
+        return tuple(changed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt to decode.
+
+    `prompt` is a non-empty sequence of token ids; `stop_ids` end the output (and are not part of it) unless
+    `ignore_eos`; `depth` is the number of drafts per round for this row (None: the scheduler's own).
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int = 256
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_ids: frozenset[int] = frozenset()
+    depth: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check("prompt", self.prompt, len(self.prompt) > 0, "at least one token id")
+        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "a count of at least 1")
+        _check("depth", self.depth, self.depth is None or self.depth >= 0, "None or a count of at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEvent:
+    """Tokens that one request got in one step.
+
+    `drafted[i]` is true when `tokens[i]` was proposed by the drafter and accepted, false when the target
+    itself chose it. A stop token ends the request and is not among `tokens`.
+    """
+
+    request_id: int
+    tokens: tuple[int, ...]
+    drafted: tuple[bool, ...]
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.drafted):
+            raise ValueError(f"drafted has {len(self.drafted)} flags for {len(self.tokens)} tokens")
+
+
+def _check(name: str, value: object, ok: bool, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {value!r}, expected {expected}")
