@@ -1,0 +1,1 @@
+"""From Hugging Face weights to what this runtime reads. So far: the names of tensors (`names`)."""

@@ -1,0 +1,1 @@
+"""The models: targets and drafters, and the layers they share. They hold weights only."""

@@ -1,0 +1,106 @@
+"""Gemma 4's MTP drafters ("assistants"). Knows nothing of verification, sampling laws or text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from ..cache import HeldView
+from ..config import CentroidSpec, DrafterConfig
+from .layers import Layer, Rotaries
+from .linear import Linear, Weights, rms_norm
+
+
+class Drafter:
+    """A drafter bound to its target's `embed`: a chain of guesses from a token and the hidden state before it.
+
+    It keeps no state and no K/V of its own: its layers read the target's cache.
+    """
+
+    def __init__(self, config: DrafterConfig, w: Weights, embed: Callable[[mx.array], mx.array]) -> None:
+        self.config, self._embed = config, embed
+        hidden = config.hidden_size
+        self.into = w.linear("pre_projection", hidden, 2 * config.backbone_hidden)
+        self.out = w.linear("post_projection", config.backbone_hidden, hidden)
+        self.layers = [
+            Layer(w, f"layers.{i}", spec, hidden, config.norm_eps) for i, spec in enumerate(config.layers)
+        ]
+        self.norm = w.take("norm.weight", hidden)
+        embedding = w.linear("embed_tokens", config.vocab_size, hidden)
+        self.head = CentroidHead(config.centroids, w, embedding, config) if config.centroids else FullHead(embedding)
+        self._ropes = Rotaries(config.layers)
+
+    @property
+    def arrays(self) -> list[list[mx.array]]:
+        """What it keeps in memory, in portions that may be loaded one after the other."""
+        return [
+            [*self.into.arrays, *self.out.arrays, self.norm],
+            *(layer.arrays for layer in self.layers),
+            self.head.arrays,
+        ]
+
+    def draft(self, token: mx.array, hidden: mx.array, view: HeldView, depth: int) -> mx.array:
+        """Greedy guesses (R, depth) after `token` (R,), which the cache doesn't hold yet.
+
+        `hidden` (R, backbone) is the target's after its final norm at the last position held. Every step asks from
+        the view's one position; the next step takes the guess's target embedding and the projected hidden state.
+        """
+        ropes, chain = self._ropes.at(view.positions), []
+        hidden = hidden[:, None]
+        for _ in range(depth):
+            x = self.into(mx.concatenate([self._embed(token)[:, None], hidden], axis=-1))
+            for layer in self.layers:
+                x = layer(x, view, ropes)
+            x = rms_norm(x, self.norm, self.config.norm_eps)
+            hidden = self.out(x)
+            token = self.head.best(x[:, 0])
+            chain.append(token)
+        return mx.stack(chain, axis=1) if chain else mx.zeros((token.shape[0], 0), mx.int32)
+
+
+class FullHead:
+    """Scores every token (12B, 26B-A4B, 31B)."""
+
+    def __init__(self, embedding: Linear) -> None:
+        self.embedding = embedding
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What it keeps in memory."""
+        return self.embedding.arrays
+
+    def best(self, x: mx.array) -> mx.array:
+        """The most likely token (R,) for x (R, hidden)."""
+        return mx.argmax(self.embedding(x), axis=-1).astype(mx.int32)
+
+
+class CentroidHead:
+    """Scores only the tokens of the clusters whose centroids fit best (E2B, E4B).
+
+    The embedding is kept in cluster order, so that a cluster is a small matrix and its scores one gathered product.
+    """
+
+    def __init__(self, spec: CentroidSpec, w: Weights, embedding: Linear, config: DrafterConfig) -> None:
+        self.spec = spec
+        self.centroids = w.linear("masked_embedding.centroids", spec.count, config.hidden_size)
+        order = w.take("masked_embedding.token_ordering", config.vocab_size).astype(mx.int32)
+        self.ids = order.reshape(spec.count, -1)
+        self.clusters = embedding.map(lambda a: a[order].reshape(spec.count, -1, a.shape[-1]))
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What it keeps in memory."""
+        return [*self.centroids.arrays, *self.clusters.arrays, self.ids]
+
+    def candidates(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Scores and token ids, (R, top_k * tokens per cluster) each, for x (R, hidden)."""
+        fit = self.centroids(x)
+        best = mx.argpartition(-fit, self.spec.top_k - 1, axis=-1)[:, : self.spec.top_k]
+        scores = self.clusters.gathered(x[:, None, None, :], best)
+        return scores.reshape(x.shape[0], -1), self.ids[best].reshape(x.shape[0], -1)
+
+    def best(self, x: mx.array) -> mx.array:
+        """The most likely token (R,) among the candidates, for x (R, hidden)."""
+        scores, ids = self.candidates(x)
+        return mx.take_along_axis(ids, mx.argmax(scores, axis=-1, keepdims=True), axis=-1)[:, 0]

@@ -1,0 +1,197 @@
+"""Named tensors, the matrices made of them, and the pointwise formulas of Gemma 4. Knows nothing of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import mlx.core as mx
+
+from ..config import QuantSpec
+
+
+class WeightsError(ValueError):
+    """A checkpoint whose tensors don't match its config: names the tensor, what was found and what was expected."""
+
+
+class Weights:
+    """Named tensors, each taken once, with its shape checked; `finish` refuses what nobody took.
+
+    Names are those of `convert.names`. `quantized(path)` says how a matrix with scales is packed. Floating-point
+    tensors, scales included, become `dtype`.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, mx.array], quantized: Callable[[str], QuantSpec | None], dtype: mx.Dtype
+    ) -> None:
+        self._left = dict(tensors)
+        self._quantized = quantized
+        self.dtype = dtype
+
+    def take(self, name: str, *shape: int) -> mx.array:
+        """The tensor `name`, of exactly this shape, floating-point values cast to `dtype`."""
+        x = self._pop(name, shape)
+        return x.astype(self.dtype) if mx.issubdtype(x.dtype, mx.floating) else x
+
+    def linear(self, path: str, outputs: int, inputs: int, *batch: int) -> Linear:
+        """The matrix `path`.weight (outputs, inputs), or a stack of them, plain or quantized."""
+        if f"{path}.scales" not in self._left:
+            return Linear(self.take(f"{path}.weight", *batch, outputs, inputs))
+        spec = self._quantized(path)
+        if spec is None:
+            raise WeightsError(f"{path}.scales is there, but the config has no `quantization`")
+        weight = self._pop(f"{path}.weight", (*batch, outputs, inputs * spec.bits // 32), spec)
+        groups = (*batch, outputs, inputs // spec.group_size)
+        scales = self._pop(f"{path}.scales", groups, spec)
+        biases = None
+        if spec.mode == "affine":
+            biases = self._pop(f"{path}.biases", groups, spec).astype(self.dtype)
+            scales = scales.astype(self.dtype)
+        return Linear(weight, scales, biases, spec, self.dtype)
+
+    def stacked(self, paths: Sequence[str], outputs: Sequence[int], inputs: int, *batch: int) -> Stacked:
+        """Several matrices with the same inputs as one, so that they cost one product (if packed alike)."""
+        parts = [self.linear(p, n, inputs, *batch) for p, n in zip(paths, outputs, strict=True)]
+        return Stacked(parts, outputs)
+
+    def has(self, name: str) -> bool:
+        """True if the tensor is there and not taken yet."""
+        return name in self._left
+
+    def finish(self) -> None:
+        """Raise WeightsError if tensors are left that no layer asked for."""
+        if self._left:
+            names = sorted(self._left)
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise WeightsError(f"unexpected tensors: {', '.join(names[:8])}{more}")
+
+    def _pop(self, name: str, shape: tuple[int, ...], spec: QuantSpec | None = None) -> mx.array:
+        if name not in self._left:
+            raise WeightsError(f"missing tensor: {name} of shape {shape}")
+        x = self._left.pop(name)
+        if x.shape != shape:
+            how = f" for {spec.bits} bits in groups of {spec.group_size}" if spec else ""
+            raise WeightsError(f"tensor {name} has shape {tuple(x.shape)}, expected {shape}{how}")
+        return x
+
+
+class Linear:
+    """x @ W.T for a plain or quantized W (outputs, inputs); also a table of rows, for embeddings."""
+
+    def __init__(
+        self,
+        weight: mx.array,
+        scales: mx.array | None = None,
+        biases: mx.array | None = None,
+        spec: QuantSpec | None = None,
+        dtype: mx.Dtype | None = None,
+    ) -> None:
+        self.weight, self.scales, self.biases, self.spec = weight, scales, biases, spec
+        self.dtype = dtype or weight.dtype
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What it keeps in memory."""
+        return [a for a in (self.weight, self.scales, self.biases) if a is not None]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (..., inputs) -> (..., outputs)."""
+        if self.spec is None:
+            return x @ self.weight.T
+        return mx.quantized_matmul(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            transpose=True,
+            group_size=self.spec.group_size,
+            bits=self.spec.bits,
+            mode=self.spec.mode,
+        )
+
+    def rows(self, index: mx.array) -> mx.array:
+        """Rows of W: index (...) -> (..., inputs)."""
+        if self.spec is None:
+            return self.weight[index]
+        return mx.dequantize(
+            self.weight[index],
+            self.scales[index],  # type: ignore[index]
+            None if self.biases is None else self.biases[index],
+            group_size=self.spec.group_size,
+            bits=self.spec.bits,
+            mode=self.spec.mode,
+            dtype=self.dtype,
+        )
+
+    def map(self, f: Callable[[mx.array], mx.array]) -> Linear:
+        """The same matrix with its rows rearranged by `f`, applied to every array it is made of."""
+        parts = (None if a is None else f(a) for a in (self.weight, self.scales, self.biases))
+        weight, scales, biases = parts
+        assert weight is not None
+        return Linear(weight, scales, biases, self.spec, self.dtype)
+
+    def gathered(self, x: mx.array, index: mx.array, *, in_order: bool = False) -> mx.array:
+        """For a stack (E, outputs, inputs): x (..., 1, inputs) by matrices index (...) -> (..., 1, outputs)."""
+        if self.spec is None:
+            return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=index, sorted_indices=in_order)
+        return mx.gather_qmm(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            rhs_indices=index,
+            transpose=True,
+            group_size=self.spec.group_size,
+            bits=self.spec.bits,
+            mode=self.spec.mode,
+            sorted_indices=in_order,
+        )
+
+
+class Stacked:
+    """Matrices with common inputs, computed by as few products as their packing allows."""
+
+    def __init__(self, parts: Sequence[Linear], outputs: Sequence[int]) -> None:
+        self.bounds = [sum(outputs[: i + 1]) for i in range(len(outputs) - 1)]
+        self.parts = list(parts)
+        if len(parts) > 1 and all(p.spec == parts[0].spec for p in parts):
+            columns = zip(*([p.weight, p.scales, p.biases] for p in parts), strict=True)
+            joined = [None if c[0] is None else mx.concatenate(list(c), axis=-2) for c in columns]  # type: ignore[arg-type]
+            assert joined[0] is not None
+            self.parts = [Linear(joined[0], joined[1], joined[2], parts[0].spec, parts[0].dtype)]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What it keeps in memory."""
+        return [a for p in self.parts for a in p.arrays]
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        """x (..., inputs) -> one output per matrix."""
+        return self._split([p(x) for p in self.parts])
+
+    def gathered(self, x: mx.array, index: mx.array, *, in_order: bool = False) -> list[mx.array]:
+        """As `Linear.gathered`, one output per matrix."""
+        return self._split([p.gathered(x, index, in_order=in_order) for p in self.parts])
+
+    def _split(self, outputs: list[mx.array]) -> list[mx.array]:
+        if len(outputs) == 1 and self.bounds:
+            return list(mx.split(outputs[0], self.bounds, axis=-1))
+        return outputs
+
+
+def fused_kernels() -> bool:
+    """Whether the default device is a GPU, where MLX's fused norm and RoPE kernels beat formulas under compile."""
+    return bool(mx.default_device().type == mx.gpu)
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    """x / rms(x) over the last axis, times `weight` (D,) if given; computed in float32, returned in x's dtype."""
+    return mx.fast.rms_norm(x, weight, eps)
+
+
+@partial(mx.compile, shapeless=True)
+def gelu_gate(gate: mx.array, up: mx.array) -> mx.array:
+    """gelu(gate) * up with the tanh approximation of gelu (Hendrycks and Gimpel, arXiv 1606.08415)."""
+    x = gate.astype(mx.float32)
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return (0.5 * x * (1 + mx.tanh(inner))).astype(up.dtype) * up

@@ -1,0 +1,201 @@
+"""Requests in, token events out: admission, chunked prefill, rounds, stops. Knows nothing of threads, text or clocks."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from .cache import KVCache
+from .depth import FixedDepth
+from .request import FinishReason, Request, TokenEvent
+from .sampling import check_supported
+from .speculative import MAX_DEPTH, Block, Round, Speculator
+from .stats import SpecStats
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """A request on its way: waiting, being prefilled (it has a cache of its own), or a row of the batch."""
+
+    id: int
+    request: Request
+    stats: SpecStats = field(default_factory=SpecStats)
+    cache: KVCache | None = None
+
+
+class Scheduler:
+    """Drives rounds for requests that come and go.
+
+    `add` and `cancel` at any moment; each `step` is either one prefill step (at most `prefill_budget` prompt tokens,
+    in chunks of `chunk`) or one round of all rows, in turn where both wait, so that running rows stall for one
+    prefill step at most. Requests are admitted in their order, up to `max_batch` rows.
+    """
+
+    def __init__(
+        self,
+        speculator: Speculator,
+        *,
+        vocab_size: int,
+        max_positions: int,
+        depth: FixedDepth,
+        max_batch: int = 8,
+        chunk: int = 512,
+        prefill_budget: int = 2048,
+    ) -> None:
+        for name, value in (("max_batch", max_batch), ("chunk", chunk), ("prefill_budget", prefill_budget)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        self._speculator = speculator
+        self._vocab_size, self._max_positions = vocab_size, max_positions
+        self._depth, self._max_batch, self._chunk, self._budget = depth, max_batch, chunk, prefill_budget
+        self._cache = KVCache(speculator.spec)
+        self._rows: list[_Job | None] = []
+        self._block: Block | None = None
+        self._waiting: deque[_Job] = deque()
+        self._next_id = 0
+        self._prefilled_last = False
+
+    @property
+    def busy(self) -> bool:
+        """True while there is something to do."""
+        return bool(self._waiting) or self._running > 0
+
+    @property
+    def next_is_prefill(self) -> bool:
+        """Whether the next step prefills."""
+        room = bool(self._waiting) and self._running < self._max_batch
+        return room and (self._running == 0 or not self._prefilled_last)
+
+    @property
+    def _running(self) -> int:
+        return sum(job is not None for job in self._rows)
+
+    def add(self, request: Request) -> tuple[int, SpecStats]:
+        """Queue a request; returns its id and its counters, which stay up to date. Raises ValueError, losing nothing."""
+        check_supported(request.sampling)
+        needed = len(request.prompt) + request.max_tokens
+        if needed > self._max_positions:
+            raise ValueError(
+                f"prompt and max_tokens are {len(request.prompt)} + {request.max_tokens} tokens, "
+                f"expected at most {self._max_positions} together"
+            )
+        if request.depth is not None and request.depth > MAX_DEPTH:
+            raise ValueError(f"depth is {request.depth}, expected at most {MAX_DEPTH}")
+        for token in request.prompt:
+            if not 0 <= token < self._vocab_size:
+                raise ValueError(f"prompt has token id {token}, expected 0 to {self._vocab_size - 1}")
+        job = _Job(id=self._next_id, request=request)
+        self._next_id += 1
+        self._waiting.append(job)
+        return job.id, job.stats
+
+    def cancel(self, request_id: int) -> bool:
+        """Drop a request at once, whatever its state; no event follows. False if it isn't there (any more)."""
+        for job in self._waiting:
+            if job.id == request_id:
+                self._waiting.remove(job)
+                return True
+        for row, running in enumerate(self._rows):
+            if running is not None and running.id == request_id:
+                self._close(row)
+                self._shrink()
+                return True
+        return False
+
+    def step(self) -> list[TokenEvent]:
+        """Do one prefill step or one round; returns what requests got, in the order of their rows."""
+        if self.next_is_prefill:
+            self._prefilled_last = True
+            return self._prefill()
+        self._prefilled_last = False
+        return self._round() if self._running else []
+
+    def _prefill(self) -> list[TokenEvent]:
+        budget, events, ready = self._budget, [], []
+        while self._waiting and budget > 0 and self._running + len(ready) < self._max_batch:
+            job, hidden = self._waiting[0], None
+            prompt = job.request.prompt
+            if job.cache is None:
+                job.cache = KVCache.with_row(self._speculator.spec, len(prompt))
+            while budget > 0 and (done := job.cache.lengths[0]) < len(prompt):
+                chunk = prompt[done : done + min(self._chunk, budget)]
+                hidden = self._speculator.prefill(job.cache, chunk)
+                budget -= len(chunk)
+            if job.cache.lengths[0] < len(prompt):
+                break
+            assert hidden is not None
+            first = self._speculator.first(job.cache, hidden, self._depth_of(job))
+            self._waiting.popleft()
+            job.stats.prefills += 1
+            events.append(self._event(job, first, 0))
+            if events[-1].finish_reason is None:
+                ready.append((job, first.block))
+        self._admit(ready)
+        return events
+
+    def _admit(self, ready: list[tuple[_Job, Block]]) -> None:
+        if not ready:
+            return
+        caches = [job.cache for job, _ in ready if job.cache is not None]
+        rows = self._cache.admit(caches)
+        places: list[tuple[Block, int] | None] = [
+            (self._block, r) if job is not None and self._block is not None else None
+            for r, job in enumerate(self._rows)
+        ]
+        places += [None] * (self._cache.rows - len(places))
+        self._rows += [None] * (self._cache.rows - len(self._rows))
+        for (job, block), row in zip(ready, rows, strict=True):
+            self._rows[row], places[row], job.cache = job, (block, 0), None
+        self._block = Block.of_rows(places)
+
+    def _round(self) -> list[TokenEvent]:
+        assert self._block is not None
+        depths = [0 if job is None else self._depth_of(job) for job in self._rows]
+        offered = self._block.offered
+        result = self._speculator.run_round(self._cache, self._block, depths)
+        self._block, events = result.block, []
+        for row, job in enumerate(self._rows):
+            if job is None:
+                continue
+            job.stats.add_round(drafted=offered[row], accepted=result.counts[row] - 1)
+            event = self._event(job, result, row)
+            events.append(event)
+            if event.finish_reason is not None:
+                self._close(row)
+        self._shrink()
+        return events
+
+    def _depth_of(self, job: _Job) -> int:
+        return self._depth.next_depth() if job.request.depth is None else job.request.depth
+
+    def _event(self, job: _Job, result: Round, row: int) -> TokenEvent:
+        """What a row's new tokens mean for its request: cut at a stop token or at max_tokens."""
+        count, request = result.counts[row], job.request
+        tokens, drafted = result.tokens[row][:count], [True] * (count - 1) + [False]
+        reason: FinishReason | None = None
+        kept = min(count, request.max_tokens - (job.stats.tokens - count))
+        if not request.ignore_eos:
+            stop = next((i for i, t in enumerate(tokens[:kept]) if t in request.stop_ids), None)
+            if stop is not None:
+                kept, reason = stop, "stop"
+        job.stats.cut += count - kept
+        if reason is None and job.stats.tokens >= request.max_tokens:
+            reason = "length"
+        return TokenEvent(
+            request_id=job.id, tokens=tuple(tokens[:kept]), drafted=tuple(drafted[:kept]), finish_reason=reason
+        )
+
+    def _close(self, row: int) -> None:
+        self._cache.close_row(row)
+        self._rows[row] = None
+
+    def _shrink(self) -> None:
+        kept = self._cache.compact()
+        if kept is None or self._block is None:
+            return
+        block = self._block
+        self._rows = [self._rows[r] for r in kept]
+        self._rows += [None] * (self._cache.rows - len(self._rows))
+        places: list[tuple[Block, int] | None] = [(block, r) for r in kept]
+        places += [None] * (self._cache.rows - len(places))
+        self._block = Block.of_rows(places) if kept else None
