@@ -383,15 +383,16 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of K/V allocated."""
-        return sum(a.nbytes for a in self.arrays[2:])
+        if not self.arrays:
+            return 0
+        parts = _Arrays(self.spec, self.layout, self.arrays)
+        return sum(a.nbytes for a in [*parts.rings, *(a for group in parts.groups for a in group)])
 
     def capacity(self, row: int) -> int:
         """Positions that `row` has room for in layers without a window (0 if there are none)."""
-        parts = _Arrays(self.spec, self.layout, self.arrays)
-        for group, members in zip(parts.groups, self._groups, strict=True):
-            if row in members:
-                return int(group[0].shape[2]) if group else 0
-        raise KeyError(row)
+        group = next(g for g, members in enumerate(self._groups) if row in members)
+        arrays = _Arrays(self.spec, self.layout, self.arrays).groups[group]
+        return int(arrays[0].shape[2]) if arrays else 0
 
     def admit(self, others: Sequence[KVCache]) -> list[int]:
         """Move the single rows of `others` into this cache (they are empty afterwards); returns their rows here."""

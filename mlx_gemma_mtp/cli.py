@@ -287,16 +287,14 @@ def _progress(*, shown: bool) -> Iterator[Callable[[str, float], None] | None]:
     from rich.progress import Progress
 
     bar = Progress(console=Console(stderr=True), transient=True)
-    tasks: dict[str, Any] = {}
+    task = bar.add_task("", total=1.0)
 
     def report(what: str, share: float) -> None:
         if share == 0:  # a download shows the hub's own bars, which a second one would garble
             _note(what)
             return
         bar.start()
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=1.0)
-        bar.update(tasks[what], completed=share)
+        bar.update(task, description=what, completed=share)
 
     try:
         yield report
@@ -481,7 +479,11 @@ def _read_line() -> str | None:
         return sys.stdin.readline() or None
     while True:
         try:
-            return input("> ")
+            if sys.stdout.isatty():
+                return input("> ")
+            sys.stderr.write("> ")  # input() would write it to stdout, which has the answers alone
+            sys.stderr.flush()
+            return input("")
         except EOFError:
             sys.stderr.write("\n")
             return None

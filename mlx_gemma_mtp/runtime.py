@@ -96,7 +96,12 @@ def load(
     progress: Progress | None = None,
 ) -> Runtime:
     """Load a pair: a directory, a hub id, or "demo" (the bundled one); see `loading.load_pair` for the rest."""
-    return Runtime(load_pair(str(path), drafter=drafter, dtype=dtype, revision=revision, progress=progress))
+    loaded = load_pair(str(path), drafter=drafter, dtype=dtype, revision=revision, progress=progress)
+    if loaded.drafter is None and drafter is not None:
+        log.warning("%s: no drafter found, decoding plainly", loaded.path)
+    if progress:
+        progress("loading the tokenizer", 0.0)
+    return Runtime(loaded)
 
 
 class Runtime:
@@ -106,8 +111,7 @@ class Runtime:
         self._loaded = loaded
         self.config, self.drafter_config = loaded.config, loaded.drafter_config
         self.text = TextCodec.from_directory(loaded.path)
-        if loaded.drafter is None:
-            log.warning("%s: no drafter, decoding plainly", loaded.path)
+        self._stop_ids = read_stop_ids(loaded.path) if self.text is None else self.text.stop_ids
         spec = CacheSpec(slots=self.config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
         self._speculator = Speculator(loaded.target, loaded.drafter, spec, compiled=_can_compile())
 
@@ -139,12 +143,12 @@ class Runtime:
 
         `timing` is that of the batch, in every output.
         """
-        outputs = [Generation() for _ in prompts]
-        for _ in self._run(prompts, outputs, max_tokens, sampling, depth, ignore_eos, max_batch):
+        ids, outputs = [self._ids(p) for p in prompts], [Generation() for _ in prompts]
+        for _ in self._run(ids, outputs, max_tokens, sampling, depth, ignore_eos, max_batch):
             pass
-        for output, prompt in zip(outputs, prompts, strict=True):
+        for output, prompt in zip(outputs, ids, strict=True):
             if self.text is not None:
-                output.text, output.thinking = self.text.split(output.tokens, self._ids(prompt))
+                output.text, output.thinking = self.text.split(output.tokens, prompt)
         return outputs
 
     def stream(
@@ -270,7 +274,7 @@ class Runtime:
 
     def _run(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Sequence[int]],
         outputs: Sequence[Generation],
         max_tokens: int,
         sampling: SamplingParams | Sequence[SamplingParams] | None,
@@ -283,7 +287,6 @@ class Runtime:
         params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         if len(params) != len(prompts):
             raise ValueError(f"sampling has {len(params)} entries for {len(prompts)} prompts")
-        stop_ids = read_stop_ids(self._loaded.path)
         scheduler = Scheduler(
             self._speculator,
             vocab_size=self.config.vocab_size,
@@ -293,10 +296,9 @@ class Runtime:
             chunk=_CHUNK,
         )
         timing, by_id = Timing(), {}
-        for prompt, output, p in zip(prompts, outputs, params, strict=True):
-            ids = self._ids(prompt)
+        for ids, output, p in zip(prompts, outputs, params, strict=True):
             request = Request(
-                prompt=ids, max_tokens=max_tokens, sampling=p, stop_ids=stop_ids, ignore_eos=ignore_eos
+                prompt=ids, max_tokens=max_tokens, sampling=p, stop_ids=self._stop_ids, ignore_eos=ignore_eos
             )
             number, output.stats = scheduler.add(request)
             by_id[number] = output

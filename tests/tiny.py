@@ -76,12 +76,14 @@ SHAPES: Mapping[Kind, Shape] = {
     # 31B: keys are values on full layers, which have fewer heads.
     "dense": Shape(
         family="gemma4", layers="ssfssf", hidden=96, mlp=192, heads=8, kv_heads=4, global_kv_heads=2,
-        k_eq_v=True, drafter_hidden=64, drafter_mlp=128, drafter_heads=8,
+        k_eq_v=True,
+        drafter_hidden=64, drafter_mlp=128, drafter_heads=8,
     ),
     # 26B-A4B: a router and experts next to the dense MLP of every layer.
     "moe": Shape(
         family="gemma4", layers="sssfsf", hidden=64, mlp=128, heads=4, kv_heads=2, global_kv_heads=1,
-        k_eq_v=True, experts=8, experts_top=2, expert_mlp=32, drafter_hidden=32, drafter_mlp=64, drafter_heads=4,
+        k_eq_v=True, experts=8, experts_top=2, expert_mlp=32,
+        drafter_hidden=32, drafter_mlp=64, drafter_heads=4,
     ),
     # E4B: per-layer embeddings, shared keys and values. The two edge kinds cover both values of double_wide,
     # and shared layers with and without stored (unused) k_proj, v_proj and k_norm.
@@ -565,7 +567,7 @@ def _write_weights(directory: Path, tensors: Mapping[str, Array], dtype: DType, 
     if shards == 1:
         _write_safetensors(directory / "model.safetensors", tensors, dtype)
         return
-    files = {}
+    files: dict[str, str] = {}
     for shard in range(shards):
         part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"

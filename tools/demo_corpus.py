@@ -735,7 +735,7 @@ def make_chat(r: random.Random, held_out: bool = False) -> Chat:
     return Chat(kind=label, messages=messages, tools=tools, thinking=thinking, prompts=[i.prompt for _, i in chosen])
 
 
-def chats(seed: int, held_out: bool = False) -> Iterator[Chat]:
+def chats(seed: int | str, held_out: bool = False) -> Iterator[Chat]:
     """An endless, seeded stream of chats from the training split or the held-out split."""
     r = random.Random(f"{seed}-{'held' if held_out else 'train'}")
     while True:

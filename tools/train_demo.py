@@ -19,6 +19,7 @@ import math
 import platform
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from typing import Any, cast
 import safetensors
 import tokenizers
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 import transformers
 from demo_corpus import Chat, chats
@@ -59,7 +62,7 @@ TARGET: dict[str, Any] = COMMON | {
     "vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB}  # fmt: skip
 GENERATION = {"bos_token_id": 2, "do_sample": True, "eos_token_id": STOP_IDS, "pad_token_id": 0, "temperature": 1.0, "top_k": 64,
               "top_p": 0.95}  # fmt: skip
-Batch = tuple[Tensor, Tensor]  # token ids (B, T) and the weight of each token as a prediction (B, T)
+Batch = tuple[Tensor, Tensor]  # token ids and the weight of each token as a prediction, flat or (B, T)
 Windows = Iterator[tuple[list[int], list[float]]]
 
 
@@ -150,7 +153,7 @@ def model_mask(ids: Sequence[int], outside: float) -> list[float]:
 _MODEL_ENDS: set[int] = set()
 
 
-def chat_windows(tok: Chatter, seed: int, outside: float) -> Windows:
+def chat_windows(tok: Chatter, seed: str, outside: float) -> Windows:
     """Endless training chats as token ids and weights."""
     _MODEL_ENDS.update(tok("model", add_special_tokens=False)["input_ids"][-1:])
     for chat in chats(seed):
@@ -158,7 +161,7 @@ def chat_windows(tok: Chatter, seed: int, outside: float) -> Windows:
         yield ids, model_mask(ids, outside)
 
 
-def file_windows(tok: Chatter, files: Sequence[Path], seed: int) -> Windows:
+def file_windows(tok: Chatter, files: Sequence[Path], seed: str) -> Windows:
     """Endless paragraphs of text files in a seeded random order; every token counts."""
     paragraphs = [p for f in files for p in f.read_text(encoding="utf-8").split("\n\n") if p.strip()]
     r = random.Random(seed)
@@ -167,17 +170,22 @@ def file_windows(tok: Chatter, files: Sequence[Path], seed: int) -> Windows:
         yield ids, [1.0] * len(ids)
 
 
-def batches(windows: Windows, rows: int, length: int) -> Iterator[Batch]:
-    """Texts laid end to end and cut into `(rows, length)` windows."""
+def batches(windows: Windows, count: int) -> Iterator[Batch]:
+    """Texts laid end to end and cut into pieces of `count` tokens."""
     ids: list[int] = []
     weights: list[float] = []
     for more, w in windows:
         ids += more
         weights += w
-        if len(ids) >= rows * length:
-            n = rows * length
-            yield torch.tensor(ids[:n]).view(rows, length), torch.tensor(weights[:n]).view(rows, length)
-            ids, weights = ids[n:], weights[n:]
+        if len(ids) >= count:
+            yield torch.tensor(ids[:count]), torch.tensor(weights[:count])
+            ids, weights = ids[count:], weights[count:]
+
+
+def as_rows(batch: Batch, progress: float) -> Batch:
+    """Rows of 256 tokens for most of the time, rows of 512 in the last part."""
+    length = 256 if progress < 0.75 else 512
+    return batch[0].view(-1, length), batch[1].view(-1, length)
 
 
 # --- the target --------------------------------------------------------------------------------------------------
@@ -249,6 +257,29 @@ def init_target(text: Gemma4TextModel) -> None:
 # --- training ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Crew:
+    """Worker processes of one thread each: on few cores that is faster than threads, which wait for each other in every op."""
+
+    rank: int
+    size: int
+
+    def average(self, params: Sequence[nn.Parameter], progress: float) -> float:
+        """Average the gradients over the crew, in place, and the progress."""
+        if self.size == 1:
+            return progress
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
+        flat = torch.cat([g.flatten() for g in grads] + [torch.tensor([progress])]) / self.size
+        dist.all_reduce(flat)
+        for p, part in zip(params, flat[:-1].split([p.numel() for p in params]), strict=True):
+            p.grad = part.view_as(p)
+        return float(flat[-1])
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
 class Optimizer:
     """Muon for the matrices, AdamW for tables, norms and heads; a warm-up, a plateau and a linear end, by share of time."""
 
@@ -273,40 +304,41 @@ class Optimizer:
 
 
 def train(loss_of: Callable[[Batch, float], tuple[Tensor, dict[str, float]]], data: Iterator[Batch], opt: Optimizer,
-          minutes: float, what: str) -> dict[str, float]:  # fmt: skip
+          crew: Crew, minutes: float, what: str) -> dict[str, float]:  # fmt: skip
     """Train for so many minutes of wall clock; returns the last figures."""
-    start, tokens, mean, shown = time.monotonic(), 0, dict[str, float](), 0.0
+    start, tokens, mean, shown, progress = time.monotonic(), 0, dict[str, float](), 0.0, 0.0
     for number, batch in enumerate(data):
-        progress = (time.monotonic() - start) / (60 * minutes)
         if progress >= 1:
             break
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss, figures = loss_of(batch, progress)
         loss.backward()
-        opt.step(progress, number)
-        tokens += batch[0].numel()
+        progress = crew.average(opt.params, (time.monotonic() - start) / (60 * minutes))
+        opt.step(min(progress, 1.0), number)
+        tokens += batch[0].numel() * crew.size
         mean = {k: v if k not in mean else 0.95 * mean[k] + 0.05 * v for k, v in figures.items()}
-        if (spent := time.monotonic() - start) > shown:
+        if (spent := time.monotonic() - start) > shown and crew.rank == 0:
             shown = spent + 30
             text = "  ".join(f"{k} {v:.3f}" for k, v in mean.items())
             print(f"{what} {spent:5.0f} s  step {number:5d}  {tokens / spent:6.0f} tokens/s  {text}", flush=True)
     return {"seconds": round(time.monotonic() - start, 1), "steps": number, "tokens": tokens} | {k: round(v, 4) for k, v in mean.items()}
 
 
-def train_target(out: Path, seed: int, minutes: float) -> dict[str, float]:
+def train_target(out: Path, crew: Crew, seed: int, minutes: float) -> dict[str, float]:
     """Tokenizer and target from nothing; writes them into `out`."""
     torch.manual_seed(seed)
-    if not (out / "tokenizer.json").exists():
+    if crew.rank == 0:
         plain = Chatter(tokenizer_object=Tokenizer(models.BPE()), bos_token="<bos>")
         plain.chat_template = TEMPLATE.read_text()
         texts = (render(plain, c) for c in itertools.islice(chats(seed), 12000))
         build_tokenizer([part for t in texts for part in _split_specials(t)], out)
+    crew.wait()
     tok = load_tokenizer(out)
     target = Target(text=Gemma4TextModel(Gemma4Config(**target_config()).text_config).float().train())
     init_target(target.text)
 
     def loss_of(batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
-        ids, weights = batch
+        ids, weights = as_rows(batch, progress)
         logits = target.logits(target(ids)[0][:, :-1])
         losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         w = weights[:, 1:].flatten()
@@ -314,9 +346,12 @@ def train_target(out: Path, seed: int, minutes: float) -> dict[str, float]:
         return (losses * w).sum() / w.sum(), {"loss": losses[said].mean().item(), "prompt": losses[~said].mean().item()}
 
     opt = Optimizer(list(target.text.named_parameters()), 4e-3, ["embed_tokens"])
-    figures = train(loss_of, batches(chat_windows(tok, seed + 1, 0.15), 8, 512), opt, minutes, "target")
-    weights = {f"model.language_model.{k}": v for k, v in target.text.state_dict().items()}
-    _save(weights, target_config(), out)
+    data = batches(chat_windows(tok, f"{seed}-target-{crew.rank}", 0.15), 4096 // crew.size)
+    figures = train(loss_of, data, opt, crew, minutes, "target")
+    if crew.rank == 0:
+        weights = {f"model.language_model.{k}": v for k, v in target.text.state_dict().items()}
+        _save(weights, target_config(), out)
+    crew.wait()
     return figures
 
 
@@ -400,8 +435,8 @@ def balanced_clusters(rows: Tensor, count: int, rounds: int = 25) -> tuple[Tenso
     return owners.argsort(stable=True), centres
 
 
-def train_drafter(target: Target, windows: Windows, config: dict[str, Any], out: Path, seed: int, minutes: float, steps: int,
-                  batch: tuple[int, int] = (6, 512)) -> dict[str, float]:  # fmt: skip
+def train_drafter(target: Target, windows: Windows, config: dict[str, Any], out: Path, crew: Crew, seed: int,
+                  minutes: float, steps: int) -> dict[str, float]:  # fmt: skip
     """Distil a drafter from a frozen target over `steps` unrolled steps; writes it into `out`."""
     torch.manual_seed(seed + 7)
     model = new_drafter(config).train()
@@ -409,7 +444,7 @@ def train_drafter(target: Target, windows: Windows, config: dict[str, Any], out:
 
     def loss_of(data: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
         nonlocal clusters
-        ids, weights = data
+        ids, weights = as_rows(data, progress)
         n = ids.shape[1] - steps
         anchors, logits = Anchors.of(target, ids, n)
         said = (weights == 1).float()
@@ -439,9 +474,10 @@ def train_drafter(target: Target, windows: Windows, config: dict[str, Any], out:
 
     named = [(name, p) for name, p in model.named_parameters() if not name.startswith("lm_head")]
     opt = Optimizer(named, 4e-3, ["embed_tokens", "centroids"])
-    figures = train(loss_of, batches(windows, *batch), opt, minutes, "drafter")
+    figures = train(loss_of, batches(windows, 4096 // crew.size), opt, crew, minutes, "drafter")
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("lm_head")}
-    _save(weights, config, out, is_assistant=True, num_assistant_tokens=steps, num_assistant_tokens_schedule="constant")
+    if crew.rank == 0:
+        _save(weights, config, out, is_assistant=True, num_assistant_tokens=steps, num_assistant_tokens_schedule="constant")
     return figures
 
 
@@ -597,7 +633,7 @@ def main() -> None:
     both, one, two, three = (sub.add_parser(n) for n in ("all", "target", "drafter", "evaluate"))
     for p in (both, one, two, three):
         p.add_argument("--seed", type=int, default=0)
-        p.add_argument("--threads", type=int, default=2)
+        p.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     for p in (both, one):
         p.add_argument("--out", type=Path, required=True)
         p.add_argument("--minutes", type=float, default=40, help="wall clock for training; `all` gives the target 68%% of it")
@@ -615,36 +651,47 @@ def main() -> None:
     for p in (both, three):
         p.add_argument("--prompts", type=int, default=120)
         p.add_argument("--depth", type=int, default=4)
-    a = parser.parse_args()
-    _fast_cpu(a.threads)
-    start = time.monotonic()
-    if a.command == "evaluate":
-        print(json.dumps(evaluate(a.pair, a.seed + 100, a.prompts, a.depth), indent=1, ensure_ascii=False))
+    args = parser.parse_args()
+    if args.command == "evaluate":
+        _fast_cpu(args.workers)
+        print(json.dumps(evaluate(args.pair, args.seed, args.prompts, args.depth), indent=1, ensure_ascii=False))
         return
-    record: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as meeting:
+        mp.start_processes(_work, (args, meeting), nprocs=args.workers, start_method="spawn")
+
+
+def _work(rank: int, a: argparse.Namespace, meeting: str) -> None:
+    """One worker of the crew; the first one writes and reports."""
+    _fast_cpu(1)
+    crew, start, record = Crew(rank=rank, size=a.workers), time.monotonic(), dict[str, Any]()
+    if crew.size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=crew.size)
     if a.command in ("all", "target"):
-        record["target"] = train_target(a.out, a.seed, a.minutes * (0.68 if a.command == "all" else 1))
+        record["target"] = train_target(a.out, crew, a.seed, a.minutes * (0.68 if a.command == "all" else 1))
     if a.command in ("all", "drafter"):
         where = a.out if a.command == "all" else a.target
         out = where / "drafter" if a.command == "all" else a.out or where / "drafter"
-        target, tok = load_target(where), load_tokenizer(where)
+        target, tok, seed = load_target(where), load_tokenizer(where), f"{a.seed}-drafter-{rank}"
         text = json.loads((where / "config.json").read_text())["text_config"]
         config = drafter_config(text, a.hidden, a.intermediate, a.centroids, a.top_centroids)
-        windows = file_windows(tok, a.text, a.seed) if a.command == "drafter" and a.text else chat_windows(tok, a.seed + 2, 0.0)
+        own_text = a.command == "drafter" and a.text
+        windows = file_windows(tok, a.text, seed) if own_text else chat_windows(tok, seed, 0.0)
         minutes = a.minutes * (0.32 if a.command == "all" else 1)
-        record["drafter"] = train_drafter(target, windows, config, out, a.seed, minutes, a.steps) | {"hidden": a.hidden}
-    for name, path in (("target", a.out), ("drafter", (a.out or Path()) / "drafter")):
-        if a.command == "all":
+        record["drafter"] = train_drafter(target, windows, config, out, crew, a.seed, minutes, a.steps)
+    if rank > 0:
+        return
+    if a.command == "all":
+        torch.set_num_threads(a.workers)
+        for name, path in (("target", a.out), ("drafter", a.out / "drafter")):
             stored = load_file(path / "model.safetensors")
             record[name]["parameters"] = sum(v.numel() for v in stored.values() if v.dtype != torch.int64)
-    if a.command == "all":
-        record["evaluation"] = evaluate(a.out, a.seed + 100, a.prompts, a.depth)
+        record["drafter"]["hidden"] = a.hidden
+        record["evaluation"] = evaluate(a.out, a.seed, a.prompts, a.depth)
         versions = {m.__name__: m.__version__ for m in (torch, transformers, tokenizers, safetensors)}
-        record |= {"seed": a.seed, "minutes": a.minutes, "threads": a.threads, "seconds_in_all": round(time.monotonic() - start),
+        record |= {"seed": a.seed, "minutes": a.minutes, "seconds_in_all": round(time.monotonic() - start),
                    "versions": versions | {"python": platform.python_version()},
-                   "machine": f"{platform.machine()}, {a.threads} CPU threads"}  # fmt: skip
+                   "machine": f"{platform.machine()}, {a.workers} workers of one CPU thread"}  # fmt: skip
         write_card(a.out, record)
-        record["evaluation"].pop("samples", None)
     print(json.dumps(record, indent=1))
 
 

@@ -1,0 +1,189 @@
+"""Invariants of the cache: capacities, groups, moves of rows, rewinds, and that a round copies no buffer."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_gemma_mtp.cache import CacheSpec, KVCache, capacity_step, row_bucket
+from mlx_gemma_mtp.config import KVSlotSpec
+from mlx_gemma_mtp.speculative import Block
+
+from .fakes import SPEC, WINDOW, expected, fake_speculator
+
+
+@given(st.integers(1, 300_000))
+def test_capacity_holds_the_length_and_wastes_little(length: int) -> None:
+    capacity = capacity_step(length)
+    assert length <= capacity <= max(length + 512, length * 1.25)
+    assert capacity % 512 == 0
+    assert capacity_step(capacity) == capacity
+
+
+@given(st.integers(1, 1000))
+def test_row_buckets_hold_the_rows_and_waste_at_most_half(rows: int) -> None:
+    assert rows <= row_bucket(rows) <= max(1.5 * rows, rows + 63)
+
+
+def test_a_ring_is_the_window_and_a_whole_block_more() -> None:
+    for window in (1, 8, 23, 24, 512, 1024):
+        slot = KVSlotSpec(layer=0, window=window, kv_heads=1, head_dim=1)
+        spec = CacheSpec(slots=(slot,), max_block=9, dtype=mx.float32)
+        assert spec.ring(slot) % 32 == 0
+        assert window + 9 <= spec.ring(slot) < window + 9 + 32
+
+
+def _filled(length: int) -> KVCache:
+    speculator, cache = fake_speculator(), KVCache.with_row(SPEC, length)
+    tokens = [1 + i % 7 for i in range(length)]
+    for start in range(0, length, 64):
+        speculator.prefill(cache, tokens[start : start + 64])
+    return cache
+
+
+def test_bytes_follow_each_rows_own_length() -> None:
+    cache = KVCache(SPEC)
+    cache.admit([_filled(20) for _ in range(3)])
+    short = cache.nbytes
+    cache.admit([_filled(6000)])
+    long = KVCache.with_row(SPEC, 6000).nbytes
+    assert cache.nbytes - short <= long
+    assert cache.capacity(0) == 512
+    assert cache.capacity(3) >= 6000
+
+
+def test_rows_of_like_capacity_share_a_group() -> None:
+    cache = KVCache(SPEC)
+    cache.admit([_filled(n) for n in (20, 500, 700, 900)])
+    assert cache.layout.groups == 1
+    cache.admit([_filled(4000)])
+    assert cache.layout.groups == 2
+    assert cache.layout.mapped
+
+
+def test_a_row_admitted_into_a_free_place_disturbs_no_array_size() -> None:
+    cache = KVCache(SPEC)
+    cache.admit([_filled(n) for n in (20, 30, 40)])
+    cache.close_row(1)
+    before = cache.nbytes
+    assert cache.admit([_filled(50)]) == [1]
+    assert cache.nbytes == before
+    assert cache.lengths == [20, 50, 40]
+
+
+def test_compact_keeps_the_living_rows_in_order() -> None:
+    cache = KVCache(SPEC)
+    cache.admit([_filled(n) for n in (10, 20, 30, 40, 50)])
+    for row in (0, 2, 3):
+        cache.close_row(row)
+    assert cache.compact() == [1, 4]
+    assert (cache.rows, cache.lengths) == (2, [20, 50])
+    for row in (0, 1):
+        cache.close_row(row)
+    assert cache.compact() == []
+    assert (cache.rows, cache.nbytes) == (0, 0)
+
+
+def test_closing_a_row_twice_or_admitting_a_batch_is_an_error() -> None:
+    cache = KVCache(SPEC)
+    cache.admit([_filled(5), _filled(6)])
+    cache.close_row(1)
+    with pytest.raises(ValueError, match="row 1"):
+        cache.close_row(1)
+    with pytest.raises(ValueError, match="one row"):
+        KVCache(SPEC).admit([cache])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    steps=st.lists(st.integers(0, 8), min_size=1, max_size=3),
+    data=st.data(),
+)
+def test_rewinding_rows_by_different_numbers_forgets_exactly_those_tokens(
+    lengths: list[int], steps: list[int], data: st.DataObject
+) -> None:
+    speculator, cache = fake_speculator(drafter=False), KVCache(SPEC)
+    prompts = [[1 + (i * 5 + n) % 9 for i in range(n)] for n in lengths]
+    caches = []
+    for prompt in prompts:
+        caches.append(KVCache.with_row(SPEC, len(prompt)))
+        speculator.prefill(caches[-1], prompt)
+    cache.admit(caches)
+    histories = [list(p) for p in prompts]
+    for step in steps:
+        blocks = [[(3 * r + i) % 7 for i in range(step + 1)] for r in range(len(lengths))]
+        rows = blocks + [[0] * (step + 1)] * (cache.rows - len(lengths))
+        view = cache.view(step + 1)
+        speculator.target(mx.array(rows, mx.int32), view)
+        cache.arrays = view.arrays_after(mx.full((cache.rows,), step + 1, mx.int32))
+        cache.advance([step + 1] * cache.rows)
+        undo = [data.draw(st.integers(0, step + 1)) for _ in lengths]
+        cache.rewind(undo + [0] * (cache.rows - len(lengths)))
+        for history, block, n in zip(histories, blocks, undo, strict=True):
+            history += block[: step + 1 - n]
+    tokens = mx.array([[2]] * cache.rows, mx.int32)
+    result = speculator.run_round(cache, Block(tokens, (0,) * cache.rows), [0] * cache.rows)
+    for row, history in enumerate(histories):
+        assert result.tokens[row][:1] == expected([*history, 2], 1)
+    assert WINDOW < max(lengths) + 9
+
+
+def test_rewinding_more_than_a_block_is_an_error() -> None:
+    cache = _filled(40)
+    with pytest.raises(ValueError, match="rewind row 0"):
+        cache.rewind([10])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_buffer_is_copied_by_a_round(compiled: bool) -> None:
+    wide = CacheSpec(
+        slots=(
+            KVSlotSpec(layer=0, window=8192, kv_heads=8, head_dim=64),
+            KVSlotSpec(layer=1, window=None, kv_heads=8, head_dim=64),
+        ),
+        max_block=9,
+        dtype=mx.float32,
+    )
+    speculator = fake_speculator(compiled=compiled)
+    speculator.spec = wide
+    speculator.target, speculator.drafter = _WideTarget(), _WideDrafter()
+    caches = [KVCache.with_row(wide, 8000) for _ in range(2)]
+    for filled in caches:
+        filled.advance([8000])
+        filled.rewind([0])
+    cache = KVCache(wide)
+    cache.admit(caches)
+    buffer = min(a.nbytes for a in cache.arrays[2:])
+    block = Block(mx.zeros((2, 4), mx.int32), (3, 3))
+    for _ in range(3):
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        block = speculator.run_round(cache, block, [3, 3]).block
+        extra = mx.get_peak_memory() - before
+        assert extra < buffer / 2, f"a round took {extra} bytes beyond what it started with; a buffer has {buffer}"
+
+
+class _WideTarget:
+    def __call__(self, tokens: mx.array, view: object, *, last_only: bool = False) -> mx.array:
+        rows, length = tokens.shape
+        kv = mx.ones((rows, 8, length, 64))
+        out = sum(view.attend(slot, kv, (kv, kv)).sum(axis=(1, 3)) for slot in (0, 1))  # type: ignore[attr-defined]
+        return out[:, :, None]  # type: ignore[index, no-any-return]
+
+    def unembed(self, hidden: mx.array) -> mx.array:
+        return mx.concatenate([hidden, -hidden], axis=-1)
+
+
+class _WideDrafter:
+    def draft(self, token: mx.array, hidden: mx.array, view: object, depth: int) -> mx.array:
+        chain = []
+        for _ in range(depth):
+            q = mx.ones((token.shape[0], 8, 1, 64)) * token[:, None, None, None]
+            out = sum(view.attend(slot, q).sum(axis=(1, 2, 3)) for slot in (0, 1))  # type: ignore[attr-defined]
+            token = (out > 1e9).astype(mx.int32)  # type: ignore[operator]
+            chain.append(token)
+        return mx.stack(chain, axis=1)

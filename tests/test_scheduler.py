@@ -1,0 +1,223 @@
+"""The loop, with models that have no weights: every interleaving gives each request its own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_gemma_mtp import Request, SamplingParams, SpecStats
+from mlx_gemma_mtp.depth import FixedDepth, parse_depth
+from mlx_gemma_mtp.scheduler import Scheduler
+
+from .fakes import VOCAB, expected, fake_speculator
+
+
+def _scheduler(**options: int) -> Scheduler:
+    speculator = fake_speculator(drafter=options.pop("drafter", 1) > 0, compiled=options.pop("compiled", 0) > 0)
+    settings = {"vocab_size": VOCAB, "max_positions": 100_000, **options}
+    return Scheduler(speculator, depth=FixedDepth(settings.pop("depth", 3)), **settings)
+
+
+def _drain(scheduler: Scheduler, got: dict[int, list[int]], reasons: dict[int, str | None]) -> None:
+    while scheduler.busy:
+        _collect(scheduler, got, reasons)
+
+
+def _collect(scheduler: Scheduler, got: dict[int, list[int]], reasons: dict[int, str | None]) -> None:
+    for event in scheduler.step():
+        got.setdefault(event.request_id, []).extend(event.tokens)
+        assert event.request_id not in reasons, "an event after the end"
+        if event.finish_reason is not None:
+            reasons[event.request_id] = event.finish_reason
+
+
+@pytest.mark.parametrize("depth", range(9))
+@pytest.mark.parametrize("length", [1, 5, 6, 7, 40])
+def test_one_request_gets_the_targets_tokens_at_every_depth(depth: int, length: int) -> None:
+    prompt = [(3 * i + length) % VOCAB for i in range(length)]
+    scheduler, got, reasons = _scheduler(depth=depth, chunk=16), {}, {}
+    number, stats = scheduler.add(Request(prompt=prompt, max_tokens=60))
+    _drain(scheduler, got, reasons)
+    assert got[number] == expected(prompt, 60)
+    assert reasons == {number: "length"}
+    assert stats.tokens == 60
+    assert (stats.accepted > 0) == (depth > 0)
+
+
+requests = st.fixed_dictionaries(
+    {
+        "prompt": st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=60),
+        "max_tokens": st.integers(1, 40),
+        "depth": st.one_of(st.none(), st.integers(0, 8)),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    asked=st.lists(requests, min_size=1, max_size=9),
+    order=st.lists(st.sampled_from(["add", "step", "step", "cancel"]), max_size=60),
+    options=st.fixed_dictionaries(
+        {
+            "max_batch": st.integers(1, 5),
+            "chunk": st.integers(1, 32),
+            "prefill_budget": st.integers(1, 64),
+            "depth": st.integers(0, 8),
+        }
+    ),
+    data=st.data(),
+)
+def test_any_interleaving_gives_each_request_the_tokens_it_gets_alone(
+    asked: list[dict[str, object]], order: list[str], options: dict[str, int], data: st.DataObject
+) -> None:
+    scheduler = _scheduler(**options)
+    got: dict[int, list[int]] = {}
+    reasons: dict[int, str | None] = {}
+    wanted: dict[int, Request] = {}
+    stats: dict[int, SpecStats] = {}
+    cancelled: set[int] = set()
+    left = [Request(**r) for r in asked]  # type: ignore[arg-type]
+
+    def add() -> None:
+        request = left.pop()
+        number, counters = scheduler.add(request)
+        wanted[number], stats[number] = request, counters
+
+    for action in order:
+        if action == "add" and left:
+            add()
+        elif action == "step":
+            _collect(scheduler, got, reasons)
+        elif action == "cancel" and (open_ := [n for n in wanted if n not in reasons and n not in cancelled]):
+            number = data.draw(st.sampled_from(open_))
+            assert scheduler.cancel(number)
+            cancelled.add(number)
+    while left:
+        add()
+    _drain(scheduler, got, reasons)
+    for number, request in wanted.items():
+        reference = expected(request.prompt, request.max_tokens)
+        tokens = got.get(number, [])
+        if number in cancelled:
+            assert tokens == reference[: len(tokens)]
+            assert number not in reasons
+        else:
+            assert tokens == reference
+            assert reasons[number] == "length"
+        _adds_up(stats[number], len(tokens))
+    assert not scheduler.busy
+    assert not scheduler.cancel(0)
+
+
+def _adds_up(stats: SpecStats, tokens: int) -> None:
+    assert stats.tokens == tokens
+    assert stats.tokens == stats.prefills + stats.accepted + stats.rounds - stats.cut
+    assert stats.accepted == sum(stats.accepted_per_position)
+    assert stats.drafted == sum(stats.drafted_per_position)
+    assert stats.accepted_per_position == sorted(stats.accepted_per_position, reverse=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20),
+    stops=st.frozensets(st.integers(0, VOCAB - 1), min_size=1, max_size=2),
+    depth=st.integers(0, 8),
+    max_tokens=st.integers(1, 30),
+)
+def test_a_stop_id_ends_the_output_before_itself(
+    prompt: Sequence[int], stops: frozenset[int], depth: int, max_tokens: int
+) -> None:
+    scheduler, got, reasons = _scheduler(depth=depth), {}, {}
+    number, stats = scheduler.add(Request(prompt=prompt, max_tokens=max_tokens, stop_ids=stops))
+    _drain(scheduler, got, reasons)
+    reference = expected(prompt, max_tokens)
+    end = next((i for i, t in enumerate(reference) if t in stops), None)
+    assert got[number] == reference[:end]
+    assert reasons[number] == ("length" if end is None else "stop")
+    _adds_up(stats, len(got[number]))
+
+
+def test_ignore_eos_goes_on() -> None:
+    scheduler, got, reasons = _scheduler(), {}, {}
+    number, _ = scheduler.add(
+        Request(prompt=[1], max_tokens=50, stop_ids=frozenset(range(VOCAB)), ignore_eos=True)
+    )
+    _drain(scheduler, got, reasons)
+    assert got[number] == expected([1], 50)
+
+
+def test_drafted_marks_exactly_the_accepted_drafts() -> None:
+    scheduler = _scheduler(depth=4)
+    _, stats = scheduler.add(Request(prompt=[1, 2, 3], max_tokens=100))
+    flags = []
+    while scheduler.busy:
+        flags += [f for event in scheduler.step() for f in event.drafted]
+    assert sum(flags) in (stats.accepted, stats.accepted - stats.cut)
+
+
+def test_without_a_drafter_every_depth_is_plain_decoding() -> None:
+    scheduler, got, reasons = _scheduler(drafter=0, depth=5), {}, {}
+    number, stats = scheduler.add(Request(prompt=[4, 5], max_tokens=20))
+    _drain(scheduler, got, reasons)
+    assert got[number] == expected([4, 5], 20)
+    assert (stats.drafted, stats.rounds) == (0, 19)
+
+
+def test_capacity_steps_are_crossed_by_short_and_long_rows_together() -> None:
+    scheduler, got, reasons = _scheduler(chunk=512), {}, {}
+    prompts = [[(i * 7 + n) % VOCAB for i in range(n)] for n in (3, 480, 1500, 2010, 505, 1010)]
+    numbers = [scheduler.add(Request(prompt=p, max_tokens=80))[0] for p in prompts]
+    _drain(scheduler, got, reasons)
+    for number, prompt in zip(numbers, prompts, strict=True):
+        assert got[number] == expected(prompt, 80)
+
+
+def test_a_shape_in_use_is_traced_once_per_capacity_step() -> None:
+    scheduler = _scheduler(compiled=1, chunk=512, max_batch=4)
+    speculator = scheduler._speculator
+    for n in (5, 9, 30, 100):
+        scheduler.add(Request(prompt=[1] * n, max_tokens=390))
+    while scheduler.busy:
+        scheduler.step()
+    # Row counts 4, 3, 2, 1 in one capacity step, and the drafts behind a prefill.
+    seen = speculator.traces
+    assert seen <= 5
+    for n in (7, 11, 60, 90):
+        scheduler.add(Request(prompt=[2] * n, max_tokens=390))
+    while scheduler.busy:
+        scheduler.step()
+    assert speculator.traces == seen, "other lengths and contents built a round again"
+    scheduler.add(Request(prompt=[2] * 480, max_tokens=500))
+    while scheduler.busy:
+        scheduler.step()
+    assert speculator.traces <= seen + 2, "one step of capacity costs one more trace of the round"
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (Request(prompt=[VOCAB], max_tokens=1), f"token id {VOCAB}, expected 0 to {VOCAB - 1}"),
+        (Request(prompt=[-1], max_tokens=1), "token id -1"),
+        (Request(prompt=[1], max_tokens=100_000), "1 \\+ 100000 tokens, expected at most 100000"),
+        (Request(prompt=[1], max_tokens=1, depth=9), "depth is 9, expected at most 8"),
+        (Request(prompt=[1], max_tokens=1, sampling=SamplingParams(temperature=1)), "temperature is 1"),
+        (Request(prompt=[1], max_tokens=1, sampling=SamplingParams(min_tokens=2)), "min_tokens isn't supported"),
+    ],
+)
+def test_a_request_that_cant_be_honoured_is_refused_and_changes_nothing(request_: Request, said: str) -> None:
+    scheduler, got, reasons = _scheduler(), {}, {}
+    with pytest.raises(ValueError, match=said):
+        scheduler.add(request_)
+    assert not scheduler.busy
+    number, _ = scheduler.add(Request(prompt=[1], max_tokens=5))
+    _drain(scheduler, got, reasons)
+    assert got[number] == expected([1], 5)
+
+
+@pytest.mark.parametrize("value", [-1, 9, 2.0, "3", "fast", None, True])
+def test_a_depth_that_isnt_one_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="depth is"):
+        parse_depth(value)  # type: ignore[arg-type]
