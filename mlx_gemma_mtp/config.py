@@ -25,6 +25,10 @@ class RopeSpec:
     rotated: int
     factor: float
 
+    def __post_init__(self) -> None:
+        if self.head_dim % 2 or not 0 <= self.rotated <= self.head_dim // 2:
+            raise ConfigError(f"{self.rotated} pairs can't turn in a head of {self.head_dim}: expected an even size")
+
     def inverse_frequencies(self) -> list[float]:
         """`head_dim / 2` angles per position: theta^(-2i / head_dim) / factor, and 0 for pairs that don't turn."""
         turning = [self.theta ** (-2 * i / self.head_dim) / self.factor for i in range(self.rotated)]
@@ -91,8 +95,12 @@ class QuantSpec:
         fixed = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
         if self.mode in fixed and (self.bits, self.group_size) != fixed[self.mode]:
             raise ConfigError(f"quantization mode {self.mode} has bits, group_size {fixed[self.mode]}, got {self}")
-        if self.mode not in fixed and (self.mode != "affine" or self.bits not in (2, 3, 4, 5, 6, 8)):
-            raise ConfigError(f"quantization {self} isn't supported: expected affine (2-6, 8 bits), {', '.join(fixed)}")
+        affine = self.mode == "affine" and self.bits in (2, 3, 4, 5, 6, 8) and self.group_size in (32, 64, 128)
+        if self.mode not in fixed and not affine:
+            raise ConfigError(
+                f"quantization {self} isn't supported: expected affine (2-6, 8 bits in groups of 32, 64, 128), "
+                f"{', '.join(fixed)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,24 +112,28 @@ class Quantization:
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> Quantization | None:
-        """Read `quantization` (MLX's); refuse other frameworks' `quantization_config`."""
-        entry = data.get("quantization")
-        if entry is None:
-            other = data.get("quantization_config")
-            if other is None:
-                return None
-            if "quant_method" in other or "group_size" not in other:
+        """Read MLX's `quantization`, or its copy in `quantization_config`; refuse other frameworks' entries."""
+        given = {key: _mapping(data, key) for key in _QUANTIZATIONS if data.get(key) is not None}
+        if not given:
+            return None
+        entry, copy = given.get("quantization"), given.get("quantization_config")
+        # Beside MLX's own entry, that of the checkpoint it was converted from says nothing about these weights.
+        foreign = copy is not None and ("quant_method" in copy or "group_size" not in copy)
+        if entry is not None and copy is not None and not foreign and entry != copy:
+            raise ConfigError("quantization and quantization_config differ: expected one, or the same twice")
+        if entry is None and copy is not None:
+            if foreign:
                 raise ConfigError(
-                    f"quantization_config.quant_method is {other.get('quant_method')!r}: expected unquantized weights "
+                    f"quantization_config.quant_method is {copy.get('quant_method')!r}: expected unquantized weights "
                     "or an MLX checkpoint's `quantization`"
                 )
-            entry = other
-        default = _quant_spec("quantization", entry)
-        overrides = [
-            (path, _quant_spec(f"quantization.{path}", value, default))
-            for path, value in entry.items()
-            if isinstance(value, Mapping)
-        ]
+            entry = copy
+        assert entry is not None
+        paths = [path for path, value in entry.items() if isinstance(value, Mapping)]
+        # true and false: quantized by default, or not at all; the tensors tell as much.
+        defaults = {k: v for k, v in entry.items() if k not in paths and not isinstance(v, bool)}
+        default = _quant_spec("quantization", defaults)
+        overrides = [(path, _quant_spec(f"quantization.{path}", entry[path], default)) for path in paths]
         return cls(default=default, overrides=tuple(overrides))
 
 
@@ -147,11 +159,8 @@ class TargetConfig:
         model_type = str(data.get("model_type"))
         nested = {"gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text"}
         if model_type in nested:
-            _check_unknown(data, _TOP_HARMLESS | {"text_config"}, "")
-            text = _mapping(data, "text_config")
-            if (inner := text.get("model_type", nested[model_type])) != nested[model_type]:
-                raise ConfigError(f"text_config.model_type is {inner!r}, expected {nested[model_type]!r}")
-            where = "text_config."
+            _check_top(data, frozenset(("text_config",)))
+            text, where = _text_config(data, nested[model_type]), "text_config."
         elif model_type in nested.values():
             text, where = data, ""
         else:
@@ -160,16 +169,23 @@ class TargetConfig:
         reader = _Reader(text, where)
         reader.check(allow=_TOP_HARMLESS if not where else frozenset())
         layers, slots = reader.target_layers()
+        vocab = reader.count("vocab_size")
+        per_layer_hidden = reader.count("hidden_size_per_layer_input", 0, least=0)
+        per_layer_vocab = reader.count("vocab_size_per_layer_input", vocab, least=0)
+        if per_layer_hidden and per_layer_vocab < vocab:
+            raise ConfigError(
+                f"{where}vocab_size_per_layer_input is {per_layer_vocab}, expected at least vocab_size = {vocab}"
+            )
         return cls(
             model_type=model_type,
-            vocab_size=reader.count("vocab_size"),
+            vocab_size=vocab,
             hidden_size=reader.count("hidden_size"),
             layers=layers,
             kv_slots=slots,
             norm_eps=reader.number("rms_norm_eps"),
             softcap=reader.optional_number("final_logit_softcapping"),
-            per_layer_hidden=reader.count("hidden_size_per_layer_input", 0, least=0),
-            per_layer_vocab=reader.count("vocab_size_per_layer_input", reader.count("vocab_size"), least=0),
+            per_layer_hidden=per_layer_hidden,
+            per_layer_vocab=per_layer_vocab,
             max_positions=reader.count("max_position_embeddings"),
             quantization=Quantization.from_hf(data),
         )
@@ -205,10 +221,11 @@ class DrafterConfig:
     def from_hf(cls, data: Mapping[str, Any], target: TargetConfig) -> DrafterConfig:
         """Resolve a parsed config.json for `target`; refuse, with both values, a drafter that doesn't fit it."""
         model_type = str(data.get("model_type"))
-        if model_type not in ("gemma4_assistant", "gemma4_unified_assistant"):
-            raise ConfigError(f"model_type is {model_type!r}, expected gemma4_assistant or gemma4_unified_assistant")
-        _check_unknown(data, _TOP_HARMLESS | _ASSISTANT_KEYS | {"text_config"}, "")
-        reader = _Reader(_mapping(data, "text_config"), "text_config.")
+        nested = {"gemma4_assistant": "gemma4_text", "gemma4_unified_assistant": "gemma4_unified_text"}
+        if model_type not in nested:
+            raise ConfigError(f"model_type is {model_type!r}, expected {' or '.join(nested)}")
+        _check_top(data, _ASSISTANT_KEYS | {"text_config"})
+        reader = _Reader(_text_config(data, nested[model_type]), "text_config.")
         reader.check()
         top = _Reader(data, "")
         vocab = reader.count("vocab_size")
@@ -239,6 +256,7 @@ _TOP_HARMLESS = frozenset(
     "model_type tie_word_embeddings transformers_version vision_soft_tokens_per_image quantization quantization_config "
     "_name_or_path is_encoder_decoder use_cache mlx_lm_version mlx_vlm_version text_model_type processor_class".split()
 )
+_QUANTIZATIONS = ("quantization", "quantization_config")
 _ASSISTANT_KEYS = frozenset(
     "backbone_hidden_size use_ordered_embeddings num_centroids centroid_intermediate_top_k".split()
 )
@@ -265,10 +283,28 @@ def _check_unknown(data: Mapping[str, Any], known: frozenset[str], where: str) -
             raise ConfigError(f"{where}{key} = {value!r} is a field this runtime doesn't know, so it can't honour it")
 
 
-def _mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _check_top(data: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Check the level around a `text_config`."""
+    _check_unknown(data, _TOP_HARMLESS | _TEXT_HARMLESS | known, "")
+    _check_fixed(data, {"tie_word_embeddings": (True, None)}, "")
+
+
+def _check_fixed(data: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], where: str) -> None:
+    for key, allowed in fixed.items():
+        if (value := data.get(key)) not in allowed:
+            raise ConfigError(f"{where}{key} is {value!r}, expected {allowed[0]!r}")
+
+
+def _text_config(data: Mapping[str, Any], model_type: str) -> Mapping[str, Any]:
+    text = _mapping(data, "text_config")
+    _check_fixed(text, {"model_type": (model_type, None)}, "text_config.")
+    return text
+
+
+def _mapping(data: Mapping[str, Any], key: str, where: str = "") -> Mapping[str, Any]:
     value = data.get(key)
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{key} is {value!r}, expected an object")
+        raise ConfigError(f"{where}{key} is {value!r}, expected an object")
     return value
 
 
@@ -278,15 +314,16 @@ def _fits(name: str, value: object, of_target: str, expected: object) -> None:
 
 
 def _quant_spec(where: str, entry: Mapping[str, Any], default: QuantSpec | None = None) -> QuantSpec:
-    mode = entry.get("mode", "affine" if default is None or "bits" in entry else default.mode)
-    for field in ("bits", "group_size"):
-        if default is None and not isinstance(entry.get(field), int):
-            raise ConfigError(f"{where}.{field} is {entry.get(field)!r}, expected a whole number")
-    return QuantSpec(
-        bits=entry.get("bits", default.bits if default else 0),
-        group_size=entry.get("group_size", default.group_size if default else 0),
-        mode=mode,
-    )
+    _check_unknown(entry, frozenset(("bits", "group_size", "mode")), where + ".")
+    reader = _Reader(entry, where + ".")
+    try:
+        return QuantSpec(
+            bits=reader.count("bits", default.bits if default else None),
+            group_size=reader.count("group_size", default.group_size if default else None),
+            mode=entry.get("mode", "affine" if default is None or "bits" in entry else default.mode),
+        )
+    except ConfigError as e:
+        raise e if where in str(e) else ConfigError(f"{where}: {e}") from e
 
 
 class _Reader:
@@ -309,8 +346,11 @@ class _Reader:
 
         return int(self._get(key, default, is_count, f"a whole number of at least {least}"))
 
-    def number(self, key: str) -> float:
-        return float(self._get(key, None, lambda v: isinstance(v, (int, float)) and v > 0, "a number above 0"))
+    def number(self, key: str, default: float | None = None) -> float:
+        def is_number(value: Any) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+        return float(self._get(key, default, is_number, "a number above 0"))
 
     def optional_number(self, key: str) -> float | None:
         return None if self.data.get(key) is None else self.number(key)
@@ -327,9 +367,7 @@ class _Reader:
             "tie_word_embeddings": (True, None),
             "use_bidirectional_attention": (None, "vision", False),
         }
-        for key, allowed in fixed.items():
-            if (value := self.data.get(key)) not in allowed:
-                raise ConfigError(f"{self.where}{key} is {value!r}, expected {allowed[0]!r}")
+        _check_fixed(self.data, fixed, self.where)
         if not self.flag("enable_moe_block"):
             for key in ("num_experts", "top_k_experts", "moe_intermediate_size", "expert_intermediate_size"):
                 if (value := self.data.get(key)) not in (None, 0):
@@ -349,41 +387,40 @@ class _Reader:
 
     def rope(self, kind: str, head_dim: int) -> RopeSpec:
         key = f"{kind}_attention"
-        table = self._get("rope_parameters", None, lambda v: isinstance(v, Mapping), "an object")
-        params, where = table.get(key), f"{self.where}rope_parameters.{key}"
-        if not isinstance(params, Mapping):
-            raise ConfigError(f"{where} is {params!r}, expected an object")
+        table, where = _mapping(self.data, "rope_parameters", self.where), f"{self.where}rope_parameters"
+        _check_unknown(table, frozenset(("sliding_attention", "full_attention")), where + ".")
+        params, where = _mapping(table, key, where + "."), f"{where}.{key}"
         _check_unknown(params, frozenset(("rope_type", "rope_theta", "partial_rotary_factor", "factor")), where + ".")
         reader, kind_of_rope = _Reader(params, where + "."), params.get("rope_type", "default")
-        share, factor = params.get("partial_rotary_factor", 1.0), params.get("factor", 1.0)
+        share, factor = reader.number("partial_rotary_factor", 1.0), reader.number("factor", 1.0)
+        if share > 1:
+            raise ConfigError(f"{where}.partial_rotary_factor is {share}, expected at most 1")
         if kind_of_rope == "default" and (share, factor) != (1.0, 1.0):
             raise ConfigError(f"{where} has partial_rotary_factor {share}, factor {factor}: expected 1 for rope_type default")
         if kind_of_rope not in ("default", "proportional"):
             raise ConfigError(f"{where}.rope_type is {kind_of_rope!r}, expected 'default' or 'proportional'")
         return RopeSpec(
-            theta=reader.number("rope_theta"), head_dim=head_dim, rotated=int(share * head_dim // 2), factor=float(factor)
+            theta=reader.number("rope_theta"), head_dim=head_dim, rotated=int(share * head_dim // 2), factor=factor
         )
 
     def attention_shape(self, index: int, kind: str) -> tuple[int, int]:
         """(head_dim, kv_heads) of a layer, from either of the two forms, which must agree if both are there."""
         head_dim, kv_heads = self.count("head_dim"), self.count("num_key_value_heads")
         google: tuple[int, int] | None = None
-        if kind == "full" and self.data.get("global_head_dim") is not None:
+        named = any(self.data.get(k) is not None for k in ("global_head_dim", "num_global_key_value_heads"))
+        if kind == "full" and named:
             shared = self.data.get("num_global_key_value_heads") is not None and self.flag("attention_k_eq_v")
             google = (
                 self.count("global_head_dim"),
                 self.count("num_global_key_value_heads") if shared else kv_heads,
             )
-        overrides = self.data.get("per_layer_config")
+        overrides = self.overrides()
         if overrides is None:
             if kind == "full" and google is None:
                 raise ConfigError(f"{self.where}global_head_dim and per_layer_config are both missing: expected one")
             return google or (head_dim, kv_heads)
-        entry = overrides.get(str(index), overrides.get(index, {})) if isinstance(overrides, Mapping) else None
-        if not isinstance(entry, Mapping):
-            raise ConfigError(f"{self.where}per_layer_config[{index}] is {entry!r}, expected an object")
-        _check_unknown(entry, frozenset(("head_dim", "num_key_value_heads")), f"{self.where}per_layer_config[{index}].")
-        layer = (int(entry.get("head_dim", head_dim)), int(entry.get("num_key_value_heads", kv_heads)))
+        own = overrides.get(index, _Reader({}, self.where))
+        layer = (own.count("head_dim", head_dim), own.count("num_key_value_heads", kv_heads))
         if google is not None and google != layer:
             raise ConfigError(
                 f"{self.where}per_layer_config[{index}] says (head_dim, key/value heads) = {layer}, "
@@ -391,13 +428,35 @@ class _Reader:
             )
         return layer
 
+    def overrides(self) -> dict[int, _Reader] | None:
+        """`per_layer_config`: what differs from the common fields, by layer (transformers pads numbers with zeros)."""
+        if self.data.get("per_layer_config") is None:
+            return None
+        table, layers = _mapping(self.data, "per_layer_config", self.where), self.count("num_hidden_layers")
+        found: dict[int, _Reader] = {}
+        for key in table:
+            where = f"{self.where}per_layer_config."
+            index = int(key) if str(key).isdecimal() else layers
+            if index >= layers or index in found:
+                raise ConfigError(f"{where}{key}: expected numbers of layers, 0 to {layers - 1}, each once")
+            entry = _mapping(table, key, where)
+            _check_unknown(entry, frozenset(("head_dim", "num_key_value_heads")), f"{where}{key}.")
+            found[index] = _Reader(entry, f"{where}{key}.")
+        return found
+
     def moe(self) -> MoESpec | None:
         if not self.flag("enable_moe_block"):
             return None
+        width, other = (self.data.get(k) for k in ("moe_intermediate_size", "expert_intermediate_size"))
+        if None not in (width, other) and width != other:
+            raise ConfigError(
+                f"{self.where}moe_intermediate_size is {width}, {self.where}expert_intermediate_size is {other}: "
+                "expected one width"
+            )
         spec = MoESpec(
             experts=self.count("num_experts"),
             top_k=self.count("top_k_experts"),
-            hidden=self.count("moe_intermediate_size", self.data.get("expert_intermediate_size")),
+            hidden=self.count("moe_intermediate_size", other),
         )
         if spec.top_k > spec.experts:
             raise ConfigError(f"{self.where}top_k_experts is {spec.top_k}, expected at most num_experts = {spec.experts}")
@@ -434,18 +493,20 @@ class _Reader:
             slot = i if writes else max(j for j in range(writing) if kinds[j] == kind)
             layer = self._layer(i, kind, kv_slot=slot, writes_kv=writes, mlp_hidden=width if writes else wide)
             layers.append(layer)
+            made = KVSlotSpec(layer=slot, window=layer.window, kv_heads=layer.kv_heads, head_dim=layer.head_dim)
             if writes:
-                slots.append(
-                    KVSlotSpec(layer=i, window=layer.window, kv_heads=layer.kv_heads, head_dim=layer.head_dim)
-                )
+                slots.append(made)
+            elif made != slots[slot]:
+                raise ConfigError(f"layer {i} shares the K/V of layer {slot}, {slots[slot]}, but is made for {made}")
         return tuple(layers), tuple(slots)
 
     def drafter_layers(self, target: TargetConfig) -> tuple[LayerSpec, ...]:
         kinds, layers = self.kinds(), []
         if (shared := self.data.get("num_kv_shared_layers")) not in (None, 0, len(kinds)):
             raise ConfigError(f"{self.where}num_kv_shared_layers is {shared}, expected all {len(kinds)} layers")
-        if self.flag("enable_moe_block") or self.data.get("hidden_size_per_layer_input"):
-            raise ConfigError(f"{self.where}: a drafter with experts or per-layer embeddings isn't supported")
+        for key in ("enable_moe_block", "hidden_size_per_layer_input"):
+            if value := self.data.get(key):
+                raise ConfigError(f"{self.where}{key} is {value!r}, expected a drafter without it")
         for i, kind in enumerate(kinds):
             slot = target.last_slot(kind)
             if slot is None:

@@ -24,7 +24,7 @@ from .models.target import Target
 DEMO = "demo"
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-_HEADER_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it done, 0 to 1."""
@@ -101,15 +101,17 @@ def resolve(source: str, revision: str | None, progress: Progress | None = None)
     if looks_local:
         raise LoadError(f"{source} is not a directory, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+    # The hub's own error derives from that of its HTTP library, which differs between its versions.
+    transport: type[Exception] = HfHubHTTPError.__bases__[0]
     if progress:
         progress(f"fetching {source}", 0.0)
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=_FILES))
     except RepositoryNotFoundError as e:
         raise LoadError(f"{source} is neither a directory nor a model on the hub (or one that needs a login)") from e
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+    except (HFValidationError, OSError, transport) as e:
         raise LoadError(f"{source} is not a directory, and fetching it from the hub failed: {e}") from e
 
 
@@ -167,7 +169,7 @@ def _weights(
 ) -> Weights:
     named: dict[str, mx.array] = {}
     for name, x in tensors.items():
-        mapped = canonical(name, lambda i: i < len(layers) and layers[i].writes_kv)
+        mapped = canonical(name, lambda i: i >= len(layers) or layers[i].writes_kv)
         if isinstance(mapped, Skipped):
             if skipped is not None:
                 skipped[mapped.rule] += 1
@@ -191,7 +193,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise LoadError(f"{path} is missing: expected the checkpoint's {path.name}") from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
@@ -208,13 +210,12 @@ def _shards(path: Path) -> list[Path]:
         table = _json(index).get("weight_map")
         if not isinstance(table, dict):
             raise LoadError(f"{index}: weight_map is {table!r}, expected an object")
-        names = sorted(set(table.values()))
-        for name in names:
+        for name in table.values():
             if not isinstance(name, str) or Path(name).name != name:
                 raise LoadError(f"{index} names the file {name!r}, expected a plain file name")
             if not (path / name).is_file():
                 raise LoadError(f"{index} names {name}, which is not there")
-        return [path / n for n in names]
+        return [path / n for n in sorted(set(table.values()))]
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise LoadError(f"{path} has no *.safetensors file")
@@ -275,15 +276,18 @@ def _bytes_in_memory(file: Path, dtype: mx.Dtype) -> int:
             header = json.loads(f.read(size))
         except ValueError as e:
             raise LoadError(f"{file} is not a safetensors file: its header is not JSON") from e
+    if not isinstance(header, dict):
+        raise LoadError(f"{file} is not a safetensors file: its header is not an object")
     total = 0
     for name, entry in header.items():
         if name == "__metadata__" or isinstance(canonical(name, lambda _: True), Skipped):
             continue
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] in ("F64", "F32", "F16", "BF16"):
-            total += (end - begin) // _HEADER_SIZES[entry["dtype"]] * dtype.size
-        else:
-            total += end - begin
+        try:
+            (begin, end), kind = entry["data_offsets"], entry["dtype"]
+            size = end - begin
+        except (KeyError, TypeError, ValueError) as e:
+            raise LoadError(f"{file} is not a safetensors file: its header says {entry!r} of {name}") from e
+        total += size // _FLOATS[kind] * dtype.size if kind in _FLOATS else size
     return total
 
 

@@ -105,15 +105,18 @@ def load(
 
 
 class Runtime:
-    """A target, its drafter (or none) and its tokenizer (or none), in memory, for one caller at a time."""
+    """A target, its drafter (or none) and its tokenizer (or none), in memory, for one caller at a time.
 
-    def __init__(self, loaded: Loaded) -> None:
+    `compiled`: whether rounds go through mx.compile (None: where it works).
+    """
+
+    def __init__(self, loaded: Loaded, *, compiled: bool | None = None) -> None:
         self._loaded = loaded
         self.config, self.drafter_config = loaded.config, loaded.drafter_config
         self.text = TextCodec.from_directory(loaded.path)
         self._stop_ids = read_stop_ids(loaded.path) if self.text is None else self.text.stop_ids
         spec = CacheSpec(slots=self.config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
-        self._speculator = Speculator(loaded.target, loaded.drafter, spec, compiled=_can_compile())
+        self._speculator = Speculator(loaded.target, loaded.drafter, spec, compiled=_can_compile() if compiled is None else compiled)
 
     def generate(
         self,

@@ -29,14 +29,18 @@ class Weights:
         self.dtype = dtype
 
     def take(self, name: str, *shape: int) -> mx.array:
-        """The tensor `name`, of exactly this shape, floating-point values cast to `dtype`."""
+        """The tensor `name`, of exactly this shape: floating-point values, cast to `dtype`, or token ids."""
         x = self._pop(name, shape)
-        return x.astype(self.dtype) if mx.issubdtype(x.dtype, mx.floating) else x
+        if x.dtype in (mx.int32, mx.int64):
+            return x
+        return self._typed(name, x, "floating point").astype(self.dtype)
 
     def linear(self, path: str, outputs: int, inputs: int, *batch: int) -> Linear:
         """The matrix `path`.weight (outputs, inputs), or a stack of them, plain or quantized."""
         if f"{path}.scales" not in self._left:
-            return Linear(self.take(f"{path}.weight", *batch, outputs, inputs))
+            name = f"{path}.weight"
+            weight = self._typed(name, self._pop(name, (*batch, outputs, inputs)), "floating point")
+            return Linear(weight.astype(self.dtype))
         spec = self._quantized(path)
         if spec is None:
             raise WeightsError(f"{path}.scales is there, but the config has no `quantization`")
@@ -44,9 +48,13 @@ class Weights:
         groups = (*batch, outputs, inputs // spec.group_size)
         scales = self._pop(f"{path}.scales", groups, spec)
         biases = None
+        self._typed(f"{path}.weight", weight, "uint32")
         if spec.mode == "affine":
-            biases = self._pop(f"{path}.biases", groups, spec).astype(self.dtype)
-            scales = scales.astype(self.dtype)
+            biases = self._pop(f"{path}.biases", groups, spec)
+            biases = self._typed(f"{path}.biases", biases, "floating point").astype(self.dtype)
+            scales = self._typed(f"{path}.scales", scales, "floating point").astype(self.dtype)
+        else:
+            self._typed(f"{path}.scales", scales, "uint8")
         return Linear(weight, scales, biases, spec, self.dtype)
 
     def stacked(self, paths: Sequence[str], outputs: Sequence[int], inputs: int, *batch: int) -> Stacked:
@@ -64,6 +72,13 @@ class Weights:
             names = sorted(self._left)
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             raise WeightsError(f"unexpected tensors: {', '.join(names[:8])}{more}")
+
+    def _typed(self, name: str, x: mx.array, expected: str) -> mx.array:
+        """x, if it is of the kind `expected`: other frameworks' packed weights may well have a plain one's shape."""
+        found = str(x.dtype).removeprefix("mlx.core.")
+        if not (expected == found or (expected == "floating point" and mx.issubdtype(x.dtype, mx.floating))):
+            raise WeightsError(f"tensor {name} has dtype {found}, expected {expected}")
+        return x
 
     def _pop(self, name: str, shape: tuple[int, ...], spec: QuantSpec | None = None) -> mx.array:
         if name not in self._left:
