@@ -184,7 +184,9 @@ class MlxVlm:
         from mlx_vlm.generate.ar import generate_step
 
         ids = mx.array([prompt])
-        for token, _ in generate_step(ids, self._model, None, None, max_tokens=new, temperature=0.0, **self._options):
+        for token, _ in generate_step(
+            ids, self._model, None, None, max_tokens=new, temperature=0.0, **self._options
+        ):
             yield [(0, [int(token)])]
 
     def batch(self, prompts: list[list[int]], new: int) -> Events:
@@ -221,7 +223,11 @@ class MlxVlm:
         mx.synchronize()
 
 
-LIBRARIES: dict[str, type[Ours] | type[MlxLm] | type[MlxVlm]] = {"ours": Ours, "mlx-lm": MlxLm, "mlx-vlm": MlxVlm}
+LIBRARIES: dict[str, type[Ours] | type[MlxLm] | type[MlxVlm]] = {
+    "ours": Ours,
+    "mlx-lm": MlxLm,
+    "mlx-vlm": MlxVlm,
+}
 
 
 def collect(arm: Arm, events: Events, rows: int, new: int) -> dict[str, Any]:
@@ -287,7 +293,9 @@ def about(packages: Iterable[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Load, say "ready", then answer one JSON line with another until stdin ends."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("library", choices=list(LIBRARIES))
     parser.add_argument("--target", required=True)
     parser.add_argument("--drafter")

@@ -29,7 +29,14 @@ LENGTHS = (25, 44, 72, 106, 150, 204, 262, 331)
 """Lengths of the prompts of random ids; the chats in prompts.json are about as long."""
 
 _OPENBLAS = ("/usr/lib/*-linux-gnu/openblas-pthread/libopenblas.so.0", "/usr/lib64/libopenblasp.so.0")
-_NO_TEXT = ("vision_tower", "embed_vision", "audio_tower", "embed_audio", "vision_embedder", "multi_modal_projector")
+_NO_TEXT = (
+    "vision_tower",
+    "embed_vision",
+    "audio_tower",
+    "embed_audio",
+    "vision_embedder",
+    "multi_modal_projector",
+)
 _HIGHEST_RANDOM_ID = 200_000  # above are the marks of images and sounds
 
 
@@ -52,8 +59,13 @@ def find_pair(target: str | None, drafter: str | None) -> Pair:
     if (path / "target" / "config.json").is_file():
         path = path / "target"
     if not (path / "config.json").is_file():
-        raise ValueError(f"{path} has no config.json: expected a checkpoint, or a directory with one in target/")
-    places = [path / "drafter", *(path.parent / n for n in ("assistant", "drafter", f"{path.name}-assistant"))]
+        raise ValueError(
+            f"{path} has no config.json: expected a checkpoint, or a directory with one in target/"
+        )
+    places = [
+        path / "drafter",
+        *(path.parent / n for n in ("assistant", "drafter", f"{path.name}-assistant")),
+    ]
     found = [Path(drafter).expanduser()] if drafter else [p for p in places if (p / "config.json").is_file()]
     if not found:
         raise ValueError(f"{path} has no drafter: name one with --drafter DIR")
@@ -134,7 +146,11 @@ def _save_vision_tower(file: Path, text_hidden: int) -> None:
     shapes: dict[str, tuple[int, ...]] = {
         "embed_vision.embedding_projection.weight": (text_hidden, hidden),
         "vision_tower.patch_embedder.input_proj.weight": (hidden, 3 * _VISION["patch_size"] ** 2),
-        "vision_tower.patch_embedder.position_embedding_table": (2, _VISION["position_embedding_size"], hidden),
+        "vision_tower.patch_embedder.position_embedding_table": (
+            2,
+            _VISION["position_embedding_size"],
+            hidden,
+        ),
     }
     layer = "vision_tower.encoder.layers.0"
     for name, shape in (("gate", (mlp, hidden)), ("up", (mlp, hidden)), ("down", (hidden, mlp))):
@@ -188,7 +204,11 @@ def describe_machine() -> dict[str, Any]:
 
 def host_class() -> str:
     """A short name for machines of this kind, for file names: system, chip or architecture, cores."""
-    chip = re.sub(r"[^a-z0-9]+", "-", _chip().lower()).strip("-") if sys.platform == "darwin" else platform.machine()
+    chip = (
+        re.sub(r"[^a-z0-9]+", "-", _chip().lower()).strip("-")
+        if sys.platform == "darwin"
+        else platform.machine()
+    )
     return f"{platform.system().lower()}-{chip}-{os.cpu_count()}core"
 
 
@@ -205,7 +225,9 @@ def _chip() -> str:
 def describe_commit() -> str | None:
     """The commit of this checkout, "+changes" behind it when files differ; None where it is none."""
     git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    head = subprocess.run(
+        [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+    )
     if head.returncode:
         return None
     changes = subprocess.run(
@@ -262,7 +284,9 @@ class Worker:
             self._process.wait()
             self._log.seek(0)
             tail = self._log.read().strip().splitlines()[-3:]
-            raise WorkerError(f"it ended with status {self._process.returncode}: {' / '.join(tail) or 'no message'}")
+            raise WorkerError(
+                f"it ended with status {self._process.returncode}: {' / '.join(tail) or 'no message'}"
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise WorkerError(answer["error"].strip().splitlines()[-1])

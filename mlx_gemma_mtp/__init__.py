@@ -22,7 +22,16 @@ _HOMES = {
     "load": "runtime",
 }
 
-__all__ = ["Generation", "Request", "Runtime", "SamplingParams", "SpecStats", "TokenEvent", "__version__", "load"]
+__all__ = [
+    "Generation",
+    "Request",
+    "Runtime",
+    "SamplingParams",
+    "SpecStats",
+    "TokenEvent",
+    "__version__",
+    "load",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -28,7 +28,7 @@ def row_bucket(rows: int) -> int:
 
 
 def capacity_step(length: int) -> int:
-    """Capacity, in positions, of a windowless buffer that must hold `length`: steps of 512, later of a quarter octave."""
+    """Capacity, in positions, of a buffer without window for `length`: steps of 512, later of a quarter octave."""
     step = max(_STEP, 1 << max(0, (length - 1).bit_length() - 3))
     return -(-max(length, 1) // step) * step
 
@@ -121,7 +121,8 @@ class _Arrays:
         rest = list(arrays[2 + 2 * rings :])
         self.groups = [rest[2 * fulls * g : 2 * fulls * (g + 1)] for g in range(layout.groups)]
         maps = rest[2 * fulls * layout.groups :]
-        self.rows, self.place = (maps[:-1], maps[-1]) if layout.mapped else ([], None)
+        self.rows: list[mx.array] = maps[:-1]
+        self.place: mx.array | None = maps[-1] if layout.mapped else None
 
     def flat(self) -> list[mx.array]:
         maps = [] if self.place is None else [*self.rows, self.place]
@@ -158,14 +159,10 @@ class KVView:
         self._a.lengths = self._a.lengths + advance * self._a.alive
         return self._a.flat()
 
-    def _attend_ring(
-        self, i: int, spec: KVSlotSpec, q: mx.array, kv: tuple[mx.array, mx.array] | None
-    ) -> mx.array:
+    def _attend_ring(self, i: int, spec: KVSlotSpec, q: mx.array, kv: tuple[mx.array, mx.array] | None) -> mx.array:
         raise NotImplementedError
 
-    def _attend_full(
-        self, i: int, spec: KVSlotSpec, q: mx.array, kv: tuple[mx.array, mx.array] | None
-    ) -> mx.array:
+    def _attend_full(self, i: int, spec: KVSlotSpec, q: mx.array, kv: tuple[mx.array, mx.array] | None) -> mx.array:
         outputs = []
         for g, group in enumerate(self._a.groups):
             if self._a.place is None:
@@ -202,7 +199,13 @@ class BlockView(KVView):
     """
 
     def __init__(
-        self, spec: CacheSpec, layout: Layout, arrays: Sequence[mx.array], block: int, *, start: int | None = None
+        self,
+        spec: CacheSpec,
+        layout: Layout,
+        arrays: Sequence[mx.array],
+        block: int,
+        *,
+        start: int | None = None,
     ) -> None:
         super().__init__(spec, layout, arrays)
         self.block = block
@@ -236,9 +239,7 @@ class BlockView(KVView):
             self._ring_cache[key] = places, mask[:, None], fits
         return self._ring_cache[key]
 
-    def _attend_ring(
-        self, i: int, spec: KVSlotSpec, q: mx.array, kv: tuple[mx.array, mx.array] | None
-    ) -> mx.array:
+    def _attend_ring(self, i: int, spec: KVSlotSpec, q: mx.array, kv: tuple[mx.array, mx.array] | None) -> mx.array:
         places, mask, fits = self._ring_plan(spec)
         rings, mask = self._a.rings, mask[:, :, -q.shape[2] :]
         if not fits and kv is not None:
@@ -296,9 +297,7 @@ class HeldView(KVView):
         self._masks: dict[int, mx.array] = {}
         self._group_masks: dict[int, mx.array] = {}
 
-    def _attend_ring(
-        self, i: int, spec: KVSlotSpec, q: mx.array, kv: tuple[mx.array, mx.array] | None
-    ) -> mx.array:
+    def _attend_ring(self, i: int, spec: KVSlotSpec, q: mx.array, kv: tuple[mx.array, mx.array] | None) -> mx.array:
         assert kv is None
         assert spec.window is not None
         if spec.window not in self._masks:
@@ -336,6 +335,10 @@ class _Source:
     ring_row: int
     full: list[mx.array]
     full_row: int
+
+
+def _ring_place(source: _Source | None) -> _Place | None:
+    return None if source is None else (source.rings, source.ring_row)
 
 
 def _full_place(source: _Source | None) -> _Place | None:
@@ -488,7 +491,7 @@ class KVCache:
         return plan
 
     def _rebuild(self, sources: list[_Source | None]) -> None:
-        """Lay rows out anew, one slot at a time so that no more than one slot exists twice; keep what doesn't change."""
+        """Lay rows out anew, a slot at a time so that no more than one exists twice; keep what doesn't change."""
         self._clear()
         if all(s is None for s in sources):
             return
@@ -499,7 +502,7 @@ class KVCache:
         rings = []
         for i, slot in enumerate(self.spec.rings):
             size = self.spec.ring(self.spec.slots[slot])
-            places = [s and (s.rings, s.ring_row) for s in sources]
+            places = [_ring_place(s) for s in sources]
             for j in (2 * i, 2 * i + 1):
                 rings.append(self._gather(places, j, slot, size))
                 _drop(places, j)

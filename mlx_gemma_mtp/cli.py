@@ -38,9 +38,7 @@ _UsageError, _ClickError = cast(tuple[type[typer.BadParameter], ...], typer.BadP
 class _Group(TyperGroup):
     """Commands whose errors are one line (or one JSON object) on stderr, and an exit code."""
 
-    def main(
-        self, args: Sequence[str] | None = None, prog_name: str | None = None, *_: Any, **__: Any
-    ) -> NoReturn:
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *_: Any, **__: Any) -> NoReturn:
         arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
         options = arguments[: arguments.index("--")] if "--" in arguments else arguments
 
@@ -201,9 +199,7 @@ class _Ask:
 def _ask(
     text: str | None, prompt: str | None, tokens: str | None, *, raw: bool, system: str | None, thinking: bool
 ) -> _Ask:
-    _refuse_together(
-        {"PROMPT": text is not None, "--prompt": prompt is not None, "--tokens": tokens is not None}
-    )
+    _refuse_together({"PROMPT": text is not None, "--prompt": prompt is not None, "--tokens": tokens is not None})
     for other, given in (("--raw", raw), ("--system", system is not None), ("--thinking", thinking)):
         _refuse_together({"--tokens": tokens is not None, other: given})
         _refuse_together({"--raw": raw and other != "--raw", other: given})
@@ -372,9 +368,7 @@ class _Printer:
         if last is None:
             raise RuntimeError("the output ended before its first step")
         if self._drafted:
-            sys.stderr.write(
-                f"{self._drafted}coloured{_RESET}: drafted and accepted; the rest: the target's own\n"
-            )
+            sys.stderr.write(f"{self._drafted}coloured{_RESET}: drafted and accepted; the rest: the target's own\n")
         return _Outcome(tokens=count, finish_reason=last.finish_reason, stats=last.stats, timing=last.timing)
 
     def _show(self, piece: Piece) -> None:
@@ -513,9 +507,7 @@ def _print_summary(outcome: _Outcome) -> None:
 def _bars(shares: Sequence[float]) -> str:
     """Share of drafts accepted at each position, as a small bar and a number."""
     top = len(_LEVELS) - 1
-    return "  ".join(
-        f"{i}: {_LEVELS[round(share * top)]} {share:.0%}" for i, share in enumerate(shares, start=1)
-    )
+    return "  ".join(f"{i}: {_LEVELS[round(share * top)]} {share:.0%}" for i, share in enumerate(shares, start=1))
 
 
 def _print_tables(data: Mapping[str, Any]) -> None:
@@ -619,14 +611,12 @@ def _guarded(run: Callable[[], None], *, as_json: bool) -> int:
         with suppress(OSError):  # or the interpreter's own flush at exit would complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
-    except (
-        Exception
-    ) as error:  # the edge of the program: people get a line, with MLX_GEMMA_MTP_DEBUG all of it
+    except Exception as error:  # the edge of the program: people get a line, with MLX_GEMMA_MTP_DEBUG all of it
         if os.environ.get("MLX_GEMMA_MTP_DEBUG"):
             raise
-        expected = isinstance(error, ValueError | OSError | RuntimeError) or type(
-            error
-        ).__module__.startswith(__package__ or "")
+        expected = isinstance(error, ValueError | OSError | RuntimeError) or type(error).__module__.startswith(
+            __package__ or ""
+        )
         return _told(str(error) if expected else f"{type(error).__name__}: {error}", _FAILURE, as_json)
 
 

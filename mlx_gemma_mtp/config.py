@@ -69,7 +69,7 @@ class LayerSpec:
 
     @property
     def kind(self) -> str:
-        """"sliding" or "full"."""
+        """ "sliding" or "full"."""
         return "full" if self.window is None else "sliding"
 
 
@@ -237,7 +237,9 @@ class DrafterConfig:
             if vocab % centroids.count:
                 raise ConfigError(f"num_centroids is {centroids.count}, expected a divisor of vocab_size = {vocab}")
             if centroids.top_k > centroids.count:
-                raise ConfigError(f"centroid_intermediate_top_k is {centroids.top_k}, expected at most {centroids.count}")
+                raise ConfigError(
+                    f"centroid_intermediate_top_k is {centroids.top_k}, expected at most {centroids.count}"
+                )
         return cls(
             model_type=model_type,
             vocab_size=vocab,
@@ -252,8 +254,8 @@ class DrafterConfig:
 
 # Fields that don't change what the text model computes: ids, training and generation settings, other towers.
 _TOP_HARMLESS = frozenset(
-    "architectures audio_config vision_config dtype torch_dtype eos_token_id bos_token_id pad_token_id initializer_range "
-    "model_type tie_word_embeddings transformers_version vision_soft_tokens_per_image quantization quantization_config "
+    "architectures audio_config vision_config dtype torch_dtype eos_token_id bos_token_id pad_token_id "
+    "initializer_range model_type tie_word_embeddings transformers_version vision_soft_tokens_per_image quantization quantization_config "
     "_name_or_path is_encoder_decoder use_cache mlx_lm_version mlx_vlm_version text_model_type processor_class".split()
 )
 _QUANTIZATIONS = ("quantization", "quantization_config")
@@ -396,11 +398,16 @@ class _Reader:
         if share > 1:
             raise ConfigError(f"{where}.partial_rotary_factor is {share}, expected at most 1")
         if kind_of_rope == "default" and (share, factor) != (1.0, 1.0):
-            raise ConfigError(f"{where} has partial_rotary_factor {share}, factor {factor}: expected 1 for rope_type default")
+            raise ConfigError(
+                f"{where} has partial_rotary_factor {share}, factor {factor}: expected 1 for rope_type default"
+            )
         if kind_of_rope not in ("default", "proportional"):
             raise ConfigError(f"{where}.rope_type is {kind_of_rope!r}, expected 'default' or 'proportional'")
         return RopeSpec(
-            theta=reader.number("rope_theta"), head_dim=head_dim, rotated=int(share * head_dim // 2), factor=factor
+            theta=reader.number("rope_theta"),
+            head_dim=head_dim,
+            rotated=int(share * head_dim // 2),
+            factor=factor,
         )
 
     def attention_shape(self, index: int, kind: str) -> tuple[int, int]:
@@ -459,7 +466,9 @@ class _Reader:
             hidden=self.count("moe_intermediate_size", other),
         )
         if spec.top_k > spec.experts:
-            raise ConfigError(f"{self.where}top_k_experts is {spec.top_k}, expected at most num_experts = {spec.experts}")
+            raise ConfigError(
+                f"{self.where}top_k_experts is {spec.top_k}, expected at most num_experts = {spec.experts}"
+            )
         return spec
 
     def _layer(self, index: int, kind: str, *, kv_slot: int, writes_kv: bool, mlp_hidden: int) -> LayerSpec:

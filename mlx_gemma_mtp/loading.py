@@ -137,7 +137,10 @@ def find_drafter(source: str, path: Path) -> str | None:
 
 
 def build_target(
-    config: TargetConfig, tensors: Mapping[str, mx.array], dtype: mx.Dtype, skipped: Counter[str] | None = None
+    config: TargetConfig,
+    tensors: Mapping[str, mx.array],
+    dtype: mx.Dtype,
+    skipped: Counter[str] | None = None,
 ) -> Target:
     """The target from a checkpoint's tensors, every one of them used or skipped by a rule. Nothing is evaluated."""
     weights = _weights(tensors, config.layers, config.quantization, dtype, skipped)

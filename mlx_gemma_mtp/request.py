@@ -49,7 +49,14 @@ class SamplingParams:
     def changed_logits(self) -> tuple[str, ...]:
         """Names of the fields that change logits, or report them, beyond plain greedy choice."""
         default = SamplingParams.__dataclass_fields__
-        names = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "logprobs", "constraint")
+        names = (
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "min_tokens",
+            "logprobs",
+            "constraint",
+        )
         changed = [n for n in names if self.__dict__[n] != default[n].default]
         changed += [n for n in ("logit_bias", "suppress_tokens") if self.__dict__[n]]
         return tuple(changed)

@@ -14,6 +14,8 @@ from .cache import CacheSpec, KVCache
 from .config import LayerSpec
 from .depth import parse_depth
 from .loading import Loaded, Progress, load_pair
+from .models.drafter import Drafter
+from .models.target import Target
 from .request import FinishReason, Request, SamplingParams
 from .scheduler import Scheduler
 from .speculative import MAX_DEPTH, Speculator
@@ -116,7 +118,9 @@ class Runtime:
         self.text = TextCodec.from_directory(loaded.path)
         self._stop_ids = read_stop_ids(loaded.path) if self.text is None else self.text.stop_ids
         spec = CacheSpec(slots=self.config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
-        self._speculator = Speculator(loaded.target, loaded.drafter, spec, compiled=_can_compile() if compiled is None else compiled)
+        self._speculator = Speculator(
+            loaded.target, loaded.drafter, spec, compiled=_can_compile() if compiled is None else compiled
+        )
 
     def generate(
         self,
@@ -226,7 +230,7 @@ class Runtime:
                 },
                 "experts": layers[0].moe.experts if layers[0].moe else 0,
                 "context": self.config.max_positions,
-                **_sizes(loaded.target.arrays),
+                **_sizes(loaded.target),
             },
             "kv": {
                 "dtype": str(spec.dtype).removeprefix("mlx.core."),
@@ -246,7 +250,7 @@ class Runtime:
                 "head": "centroids" if self.drafter_config.centroids else "full",
                 "reads_target_layers": [self._read_by(s) for s in self.drafter_config.layers],
                 "kv_bytes": 0,
-                **_sizes(loaded.drafter.arrays),
+                **_sizes(loaded.drafter),
             }
         return out
 
@@ -268,8 +272,9 @@ class Runtime:
 
     def _ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt of any form."""
-        if not isinstance(prompt, str) and all(isinstance(t, int) for t in prompt):
-            return [int(t) for t in prompt]  # type: ignore[call-overload]
+        ids = [] if isinstance(prompt, str) else [t for t in prompt if isinstance(t, int)]
+        if not isinstance(prompt, str) and len(ids) == len(prompt):
+            return ids
         if self.text is None:
             raise ValueError("this checkpoint has no tokenizer: expected a prompt of token ids")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -327,10 +332,11 @@ class Runtime:
                 yield event.tokens, event.drafted
 
 
-def _sizes(portions: Sequence[Sequence[mx.array]]) -> dict[str, int]:
-    """Parameters (packed ones counted by their bytes' worth of arrays) and bytes of weights."""
-    arrays = [a for portion in portions for a in portion]
-    return {"bytes": sum(a.nbytes for a in arrays), "arrays": len(arrays)}
+def _sizes(model: Target | Drafter) -> dict[str, int]:
+    return {
+        "parameters": model.parameters,
+        "bytes": sum(a.nbytes for portion in model.arrays for a in portion),
+    }
 
 
 def _can_compile() -> bool:

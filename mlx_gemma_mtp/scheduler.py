@@ -1,4 +1,4 @@
-"""Requests in, token events out: admission, chunked prefill, rounds, stops. Knows nothing of threads, text or clocks."""
+"""Requests in, token events out: admission, chunked prefill, rounds, stops. Knows no threads, text or clocks."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Scheduler:
         return sum(job is not None for job in self._rows)
 
     def add(self, request: Request) -> tuple[int, SpecStats]:
-        """Queue a request; returns its id and its counters, which stay up to date. Raises ValueError, losing nothing."""
+        """Queue a request; returns its id and its counters, which stay up to date. Raises ValueError."""
         check_supported(request.sampling)
         needed = len(request.prompt) + request.max_tokens
         if needed > self._max_positions:
@@ -111,7 +111,8 @@ class Scheduler:
         return self._round() if self._running else []
 
     def _prefill(self) -> list[TokenEvent]:
-        budget, events, ready = self._budget, [], []
+        budget, events = self._budget, []
+        ready: list[tuple[_Job, Block]] = []
         while self._waiting and budget > 0 and self._running + len(ready) < self._max_batch:
             job, hidden = self._waiting[0], None
             prompt = job.request.prompt
@@ -182,7 +183,10 @@ class Scheduler:
         if reason is None and job.stats.tokens >= request.max_tokens:
             reason = "length"
         return TokenEvent(
-            request_id=job.id, tokens=tuple(tokens[:kept]), drafted=tuple(drafted[:kept]), finish_reason=reason
+            request_id=job.id,
+            tokens=tuple(tokens[:kept]),
+            drafted=tuple(drafted[:kept]),
+            finish_reason=reason,
         )
 
     def _close(self, row: int) -> None:

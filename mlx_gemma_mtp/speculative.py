@@ -8,14 +8,16 @@ written in the same evaluation, which MLX would answer with a copy. Plain decodi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
 from .cache import BlockView, CacheSpec, HeldView, KVCache, KVView, Layout
 from .sampling import accept_greedy
+
+T = TypeVar("T")
 
 MAX_DEPTH = 8
 """Deepest draft: with the row's own token, a block is at most 9 tokens."""
@@ -66,7 +68,7 @@ class Block:
         parts, offered = [], []
         for pair in rows:
             tokens = mx.zeros((1, 1), mx.int32) if pair is None else pair[0].tokens[pair[1] : pair[1] + 1]
-            parts.append(mx.pad(tokens, ((0, 0), (0, depth + 1 - tokens.shape[1]))))
+            parts.append(mx.pad(tokens, [(0, 0), (0, depth + 1 - tokens.shape[1])]))
             offered.append(0 if pair is None else pair[0].offered[pair[1]])
         return Block(mx.concatenate(parts), tuple(offered))
 
@@ -95,8 +97,8 @@ class Speculator:
         self.target, self.drafter, self.spec = target, drafter, spec
         self.traces = 0
         self._compiled = compiled
-        self._rounds: dict[tuple[int, int, Layout], object] = {}
-        self._drafts: dict[tuple[int, Layout], object] = {}
+        self._rounds: dict[tuple[int, int, Layout], Callable[..., Sequence[mx.array]]] = {}
+        self._drafts: dict[tuple[int, Layout], Callable[..., mx.array]] = {}
 
     def prefill(self, cache: KVCache, tokens: Sequence[int]) -> mx.array:
         """Append a chunk of prompt to a cache of one row; returns the hidden state (1, hidden) of its last token.
@@ -109,15 +111,16 @@ class Speculator:
         hidden = self.target(mx.array([tokens], mx.int32), view, last_only=True)[:, -1]
         cache.arrays = view.arrays_after(mx.array([len(tokens)], mx.int32))
         cache.advance([len(tokens)])
-        mx.async_eval(hidden, *cache.arrays)
+        mx.async_eval(hidden, *cache.arrays)  # type: ignore[no-untyped-call]
         return hidden
 
     def first(self, cache: KVCache, hidden: mx.array, depth: int) -> Round:
         """The token after a prefill and the drafts behind it. hidden (R, hidden): of each row's last token held."""
         token = mx.argmax(self.target.unembed(hidden), axis=-1).astype(mx.int32)
         block = self.draft(cache, token, hidden, depth)
-        mx.async_eval(token, block.tokens)
-        return Round([[t] for t in token.tolist()], [1] * cache.rows, block)  # type: ignore[union-attr, arg-type]
+        mx.async_eval(token, block.tokens)  # type: ignore[no-untyped-call]
+        tokens: list[int] = token.tolist()  # type: ignore[assignment]
+        return Round([[t] for t in tokens], [1] * cache.rows, block)
 
     def draft(
         self, cache: KVCache, token: mx.array, hidden: mx.array, depth: int, *, position: int | None = None
@@ -133,7 +136,7 @@ class Speculator:
                 self._drafts[key] = self._compile(
                     lambda t, h, *arrays: self._draft(t, h, HeldView(self.spec, key[1], arrays), depth)
                 )
-            tokens = self._drafts[key](token, hidden, *cache.arrays)  # type: ignore[operator]
+            tokens = self._drafts[key](token, hidden, *cache.arrays)
         return Block(tokens, (depth,) * cache.rows)
 
     def run_round(self, cache: KVCache, block: Block, depths: Sequence[int]) -> Round:
@@ -149,12 +152,12 @@ class Speculator:
                 lambda tokens, offered, *arrays: self._round(tokens, offered, arrays, depth, key[2])
             )
         arrays, cache.arrays = cache.arrays, []
-        out = self._rounds[key](block.tokens, mx.array(block.offered, mx.int32), *arrays)  # type: ignore[operator]
+        out = self._rounds[key](block.tokens, mx.array(block.offered, mx.int32), *arrays)
         del arrays
         fetch, tokens, cache.arrays = out[0], out[1], list(out[2:])
         del out
         mx.eval(fetch, tokens, *cache.arrays)
-        rows: list[list[int]] = fetch.tolist()
+        rows: list[list[int]] = fetch.tolist()  # type: ignore[assignment]
         counts = [row[-1] for row in rows]
         cache.advance(counts)
         return Round(rows, counts, Block(tokens, tuple(min(d, depth) for d in depths)))
@@ -164,8 +167,8 @@ class Speculator:
             raise ValueError(f"depth is {depth}, expected 0 to {MAX_DEPTH}")
         return depth if self.drafter is not None else 0
 
-    def _compile(self, f: object) -> object:
-        return mx.compile(f) if self._compiled else f  # type: ignore[call-overload]
+    def _compile(self, f: Callable[..., T]) -> Callable[..., T]:
+        return mx.compile(f) if self._compiled else f
 
     def _draft(self, token: mx.array, hidden: mx.array, view: HeldView, depth: int) -> mx.array:
         self.traces += 1

@@ -119,9 +119,7 @@ class TextStream:
     A prompt that ends inside an open thought makes the output begin as thinking.
     """
 
-    def __init__(
-        self, detokenizer: Detokenizer, parser: ChannelParser, *, prompt_tail: Sequence[int]
-    ) -> None:
+    def __init__(self, detokenizer: Detokenizer, parser: ChannelParser, *, prompt_tail: Sequence[int]) -> None:
         """`prompt_tail`: the prompt's ids from the mark that opened a thought on, if that is still open."""
         self._detokenizer = detokenizer
         self._parser = parser

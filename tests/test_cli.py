@@ -98,9 +98,7 @@ class Fake:
 
     def generate(self, prompt: list[int], **options: Any) -> SimpleNamespace:
         steps = list(self.stream(prompt, **options))
-        said = {
-            kind: "".join(text for k, text, _ in self.script if k == kind) for kind in ("answer", "thinking")
-        }
+        said = {kind: "".join(text for k, text, _ in self.script if k == kind) for kind in ("answer", "thinking")}
         return SimpleNamespace(
             tokens=[t for step in steps for t in step.tokens],
             text=said["answer"] if self.text else "",
@@ -182,9 +180,7 @@ class TestGenerate:
         ):
             assert part in result.stderr
         assert "\x1b" not in result.output
-        assert fake.loads == [
-            {"path": "m", "drafter": "auto", "dtype": None, "revision": None, "progress": None}
-        ]
+        assert fake.loads == [{"path": "m", "drafter": "auto", "dtype": None, "revision": None, "progress": None}]
 
     def test_options_reach_the_runtime(self, run: Run, fake: Fake) -> None:
         model = ["--model", "m", "--drafter", "none", "--revision", "r", "--dtype", "float32"]
@@ -328,17 +324,13 @@ class TestErrors:
             (BrokenPipeError(), 141, ""),
         ],
     )
-    def test_failures_while_streaming(
-        self, run: Run, fake: Fake, failure: BaseException, code: int, line: str
-    ) -> None:
+    def test_failures_while_streaming(self, run: Run, fake: Fake, failure: BaseException, code: int, line: str) -> None:
         fake.failure = failure
         result = run("generate", "hi", "--model", "m")
         assert (result.exit_code, result.stdout) == (code, "Par\n")
         assert result.stderr == (f"{line}\n" if line else "")
 
-    def test_debugging_shows_the_traceback(
-        self, run: Run, fake: Fake, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_debugging_shows_the_traceback(self, run: Run, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
         fake.failure = ValueError("bad")
         monkeypatch.setenv("MLX_GEMMA_MTP_DEBUG", "1")
         assert run("generate", "hi").exception is fake.failure
@@ -450,9 +442,7 @@ class TestChat:
         result = run("chat", "--model", "m", input="one\ntwo\n")
         assert (result.exit_code, result.stdout) == (0, "Paris.\nParis.\n")
 
-    @pytest.mark.parametrize(
-        ("codec", "lack"), [(None, "tokenizer"), (Codec(has_chat_template=False), "template")]
-    )
+    @pytest.mark.parametrize(("codec", "lack"), [(None, "tokenizer"), (Codec(has_chat_template=False), "template")])
     def test_what_it_needs(self, run: Run, fake: Fake, codec: Codec | None, lack: str) -> None:
         fake.text = codec
         result = run("chat", "--model", "m")
@@ -491,9 +481,7 @@ class TestProgram:
             "try: app(['generate', '--help'])\n"
             f"except SystemExit: print([m for m in {HEAVY} if m in sys.modules])"
         )
-        out = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-        )
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
         assert out.stdout.splitlines()[-1] == "[]"
 
     def test_the_launcher_of_a_checkout(self) -> None:
@@ -510,9 +498,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestRealRuntime:
     def test_ids_without_a_tokenizer(self, pair: Path) -> None:
         given = ["--model", str(pair), "--drafter", str(pair / "drafter"), "--tokens", "5,9,11"]
-        result = CliRunner().invoke(
-            app, ["generate", *given, "-n", "8", "--depth", "4", "--ignore-eos", "--json"]
-        )
+        result = CliRunner().invoke(app, ["generate", *given, "-n", "8", "--depth", "4", "--ignore-eos", "--json"])
         record = json.loads(result.stdout)
         assert result.stderr == ""
         assert len(record["tokens"]) == record["stats"]["tokens"] == 8

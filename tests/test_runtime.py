@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -103,14 +102,17 @@ def test_generate_batch_equals_generate_at_every_depth(pairs: dict[str, Runtime]
 
 
 @pytest.mark.parametrize("kind", ["dense", "edge"])
-def test_a_prompt_longer_than_many_chunks_decodes_the_same_in_any_chunks(
-    pairs: dict[str, Runtime], kind: str
-) -> None:
+def test_a_prompt_longer_than_many_chunks_decodes_the_same_in_any_chunks(pairs: dict[str, Runtime], kind: str) -> None:
     rt, prompt = pairs[kind], _prompt(9, 1200)
     outputs = []
     for chunk in (512, 100, 7):
         scheduler = Scheduler(
-            rt._speculator, vocab_size=VOCAB, max_positions=4096, depth=FixedDepth(2), chunk=chunk, prefill_budget=512
+            rt._speculator,
+            vocab_size=VOCAB,
+            max_positions=4096,
+            depth=FixedDepth(2),
+            chunk=chunk,
+            prefill_budget=512,
         )
         scheduler.add(Request(prompt=prompt, max_tokens=20, ignore_eos=True))
         tokens: list[int] = []

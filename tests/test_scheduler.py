@@ -142,9 +142,7 @@ def test_a_stop_id_ends_the_output_before_itself(
 
 def test_ignore_eos_goes_on() -> None:
     scheduler, got, reasons = _scheduler(), {}, {}
-    number, _ = scheduler.add(
-        Request(prompt=[1], max_tokens=50, stop_ids=frozenset(range(VOCAB)), ignore_eos=True)
-    )
+    number, _ = scheduler.add(Request(prompt=[1], max_tokens=50, stop_ids=frozenset(range(VOCAB)), ignore_eos=True))
     _drain(scheduler, got, reasons)
     assert got[number] == expected([1], 50)
 
@@ -204,7 +202,10 @@ def test_a_shape_in_use_is_traced_once_per_capacity_step() -> None:
         (Request(prompt=[1], max_tokens=100_000), "1 \\+ 100000 tokens, expected at most 100000"),
         (Request(prompt=[1], max_tokens=1, depth=9), "depth is 9, expected at most 8"),
         (Request(prompt=[1], max_tokens=1, sampling=SamplingParams(temperature=1)), "temperature is 1"),
-        (Request(prompt=[1], max_tokens=1, sampling=SamplingParams(min_tokens=2)), "min_tokens isn't supported"),
+        (
+            Request(prompt=[1], max_tokens=1, sampling=SamplingParams(min_tokens=2)),
+            "min_tokens isn't supported",
+        ),
     ],
 )
 def test_a_request_that_cant_be_honoured_is_refused_and_changes_nothing(request_: Request, said: str) -> None:

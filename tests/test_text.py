@@ -26,9 +26,7 @@ TEMPLATE = (
     "<turn|>\n{% endfor %}{% if tools %}{{ raise_exception('no tools here') }}{% endif %}"
     "<|turn>model\n{% if enable_thinking %}<|channel>thought\n{% endif %}"
 )
-BOS, CHANNEL, CHANNEL_END, TURN_END = (
-    SPECIAL.index(s) for s in ("<bos>", "<|channel>", "<channel|>", "<turn|>")
-)
+BOS, CHANNEL, CHANNEL_END, TURN_END = (SPECIAL.index(s) for s in ("<bos>", "<|channel>", "<channel|>", "<turn|>"))
 
 
 def write_tokenizer(directory: Path, template: str | None = TEMPLATE) -> Path:
@@ -39,14 +37,10 @@ def write_tokenizer(directory: Path, template: str | None = TEMPLATE) -> Path:
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("o", "u"), ("h", "t"), ("ou", "g"), ("\n", "\n")]
     pieces += ["".join(pair) for pair in merges]
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -138,16 +132,12 @@ class TestRender:
     def test_roles_have_the_names_that_templates_expect(self, codec: TextCodec) -> None:
         turns = [("developer", "a"), ("user", "b"), ("model", "c"), ("user", "d")]
         ids = codec.render([{"role": role, "content": text} for role, text in turns])
-        expected = (
-            "<|turn>system\na<turn|>\n<|turn>user\nb<turn|>\n<|turn>model\nc<turn|>\n<|turn>user\nd<turn|>\n"
-        )
+        expected = "<|turn>system\na<turn|>\n<|turn>user\nb<turn|>\n<|turn>model\nc<turn|>\n<|turn>user\nd<turn|>\n"
         assert ids == codec.encode(expected + "<|turn>model\n")
 
     def test_text_parts(self, codec: TextCodec) -> None:
         parts = [{"type": "text", "text": "the"}, {"type": "text", "text": "!"}]
-        assert codec.render([{"role": "user", "content": parts}]) == codec.render(
-            [{"role": "user", "content": "the!"}]
-        )
+        assert codec.render([{"role": "user", "content": parts}]) == codec.render([{"role": "user", "content": "the!"}])
 
     @pytest.mark.parametrize(
         ("messages", "complaint"),
@@ -170,9 +160,7 @@ class TestRender:
             ([{"role": "tool", "content": "18"}], "has to follow an assistant message"),
         ],
     )
-    def test_what_it_can_not_read_is_refused_by_name(
-        self, codec: TextCodec, messages: Any, complaint: str
-    ) -> None:
+    def test_what_it_can_not_read_is_refused_by_name(self, codec: TextCodec, messages: Any, complaint: str) -> None:
         with pytest.raises(ValueError, match=complaint):
             codec.render(messages)
 

@@ -4,6 +4,8 @@ Knows nothing of tokenizers, tensors or chat templates. A `Chat` holds messages 
 correct by construction. Prompts are split by a hash of their text, so a held-out prompt is never trained on in any turn.
 """
 
+# ruff: noqa: E501, SIM905  (tables of sentences and words)
+
 import json
 import random
 import re
@@ -47,7 +49,9 @@ def _rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
 
 
-NAMES = "Tom Anna Ben Lucy Max Mia Sam Nora Leo Ella Jack Rosa Paul Emma Finn Clara Hugo Ada Otto Lily".split()
+NAMES = (
+    "Tom Anna Ben Lucy Max Mia Sam Nora Leo Ella Jack Rosa Paul Emma Finn Clara Hugo Ada Otto Lily".split()
+)
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
@@ -154,7 +158,7 @@ LISTS = {
     "months": MONTHS[:7],
     "days": DAYS,
 }
-EXPLANATIONS = [row for row in _rows("""
+EXPLANATIONS = list(_rows("""
 Why is the sky blue?|The light of the Sun holds all colours. When it meets the air, the blue part is scattered far more than the red part. So blue light comes to our eyes from every side, and the sky looks blue.
 How does rain form?|The Sun warms the water of seas and lakes, and a part of it rises as vapour. High in the cold air the vapour turns into tiny drops, and the drops make clouds. When the drops grow too heavy, they fall down as rain.
 How do plants grow?|A plant starts as a seed in the ground. It needs water, light and air. The roots take water from the soil, and the green leaves use light to make sugar. With this food the plant grows taller day by day.
@@ -177,8 +181,8 @@ Why do we have seasons?|The axis of the Earth is tilted. For one half of the yea
 How do bees make honey?|Bees collect sweet nectar from flowers. In the hive they pass it on from bee to bee and put it into small cells of wax. There the water leaves it slowly, and the nectar becomes thick golden honey.
 What is electricity?|Electricity is the flow of tiny charged particles, the electrons, through a wire. A battery or a power plant pushes them along. The flow can light a lamp, heat an oven or run a motor.
 What is a volcano?|A volcano is a mountain with an opening to the hot inside of the Earth. Deep below, the rock is so hot that it melts. At times the melted rock rises, breaks out and flows down as lava.
-""")]  # fmt: skip  # noqa: E501
-HOW_TO = [row for row in _rows("""
+"""))  # fmt: skip
+HOW_TO = list(_rows("""
 make tea|Boil fresh water.|Put a tea bag into a cup.|Pour the hot water over it.|Wait for three minutes.|Take out the tea bag and enjoy your tea.
 boil an egg|Put the egg into a small pot.|Cover it with cold water.|Bring the water to a boil.|Wait for seven minutes.|Cool the egg under cold water.
 plant a tree|Choose a sunny place.|Dig a wide hole.|Set the tree into the hole.|Fill the hole with soil.|Give the tree plenty of water.
@@ -188,8 +192,8 @@ write a letter|Write the date at the top.|Greet the reader by name.|Say what you
 clean a room|Open the window.|Put all things back in their place.|Wipe the table and the shelves.|Sweep the floor.|Take out the rubbish.
 learn a song|Listen to the song a few times.|Read the words aloud.|Sing one line at a time.|Put the lines together.|Sing the song every day.
 make a salad|Wash the leaves and the vegetables.|Cut them into small pieces.|Put them into a large bowl.|Add oil, salt and lemon.|Mix the salad and serve it.
-""")]  # fmt: skip  # noqa: E501
-JOKES = [row for row in _rows("""
+"""))  # fmt: skip
+JOKES = list(_rows("""
 a cow|Why do cows wear bells? Because their horns do not work.
 a computer|Why was the computer cold? Because it left its windows open.
 a book|Why was the maths book sad? Because it had too many problems.
@@ -198,7 +202,7 @@ the sea|What did the sea say to the beach? Nothing, it just waved.
 a bicycle|Why did the bicycle fall over? Because it was two tired.
 a fish|Where do fish keep their money? In the river bank.
 a bee|Why do bees have sticky hair? Because they use honey combs.
-""")]  # fmt: skip
+"""))  # fmt: skip
 PLOTS = {
     "lost": "One evening {n} walked too far and lost the way. The trees looked strange and the wind was cold. Then a {f} "
     "came by and asked what was wrong. \"I cannot find my home,\" said {n}. The {f} knew every path and led {n} back "
@@ -291,7 +295,9 @@ def sequence(r: random.Random) -> Item:
             seq.reverse()
             p = r.choice(["Count down from {} to {}.", "Please count down from {} to {}."])
         else:
-            p = r.choice(["Count from {} to {}.", "Please count from {} to {}.", "List the numbers from {} to {}."])
+            p = r.choice(
+                ["Count from {} to {}.", "Please count from {} to {}.", "List the numbers from {} to {}."]
+            )
         return Item(prompt=p.format(seq[0], seq[-1]), answer=", ".join(seq) + ".",
                     thought=f"I start at {seq[0]} and stop at {seq[-1]}.")  # fmt: skip
     seq = [str(start + step * i) for i in range(8)]
@@ -305,13 +311,23 @@ def compare(r: random.Random) -> Item:
     if r.random() < 0.35:
         kind = "even" if a % 2 == 0 else "odd"
         p = r.choice(["Is {} even or odd?", "Is the number {} even or odd?"]).format(a)
-        return Item(prompt=p, answer=f"{a} is {kind}.", word=kind, thought=f"The last digit of {a} is {a % 10}.")
+        return Item(
+            prompt=p, answer=f"{a} is {kind}.", word=kind, thought=f"The last digit of {a} is {a % 10}."
+        )
     small = r.random() < 0.4
     word = r.choice(["smaller", "less"] if small else ["bigger", "larger", "greater"])
     best = min(a, b) if small else max(a, b)
-    p = r.choice([f"Which is {word}, {a} or {b}?", f"Which number is {word}: {a} or {b}?", f"What is {word}, {a} or {b}?"])
+    p = r.choice(
+        [
+            f"Which is {word}, {a} or {b}?",
+            f"Which number is {word}: {a} or {b}?",
+            f"What is {word}, {a} or {b}?",
+        ]
+    )
     other = a + b - best
-    return Item(prompt=p, answer=f"{best} is {word} than {other}.", word=str(best), thought=f"I compare {a} and {b}.")
+    return Item(
+        prompt=p, answer=f"{best} is {word} than {other}.", word=str(best), thought=f"I compare {a} and {b}."
+    )
 
 
 def units(r: random.Random) -> Item:
@@ -343,9 +359,19 @@ def calendar(r: random.Random) -> Item:
                       f"What is the {noun} {side} {names[i]}?"])  # fmt: skip
         answer = f"The {noun} {side} {names[i]} is {names[j]}."
     else:
-        p = r.choice([f"What {noun} is {NUMBERS[n]} {noun}s {side} {names[i]}?", f"Which {noun} comes {n} {noun}s {side} {names[i]}?"])
+        p = r.choice(
+            [
+                f"What {noun} is {NUMBERS[n]} {noun}s {side} {names[i]}?",
+                f"Which {noun} comes {n} {noun}s {side} {names[i]}?",
+            ]
+        )
         answer = f"{NUMBERS[n].capitalize()} {noun}s {side} {names[i]} is {names[j]}."
-    return Item(prompt=p, answer=answer, word=names[j], thought=f"I go {n} step{'s' * (n > 1)} from {names[i]} to {names[j]}.")
+    return Item(
+        prompt=p,
+        answer=answer,
+        word=names[j],
+        thought=f"I go {n} step{'s' * (n > 1)} from {names[i]} to {names[j]}.",
+    )
 
 
 def words(r: random.Random) -> Item:
@@ -354,15 +380,43 @@ def words(r: random.Random) -> Item:
         a, b = r.choice(OPPOSITES)
         if r.random() < 0.5 and a not in ("light",) and b not in ("old", "light"):
             a, b = b, a
-        p = r.choice(["What is the opposite of {}?", "Give me the opposite of {}.", "Opposite of {}?", "What is the opposite of the word {}?"])
-        return Item(prompt=p.format(a), answer=f"The opposite of {a} is {b}.", word=b, thought=f"The opposite of {a} is asked. It is {b}.")
+        p = r.choice(
+            [
+                "What is the opposite of {}?",
+                "Give me the opposite of {}.",
+                "Opposite of {}?",
+                "What is the opposite of the word {}?",
+            ]
+        )
+        return Item(
+            prompt=p.format(a),
+            answer=f"The opposite of {a} is {b}.",
+            word=b,
+            thought=f"The opposite of {a} is asked. It is {b}.",
+        )
     if kind == "plural":
         a, b = r.choice(PLURALS + [[row[0], row[2]] for row in ANIMALS])
-        p = r.choice(["What is the plural of {}?", "Give me the plural of {}.", "Plural of {}?", "What is the plural of the word {}?"])
-        return Item(prompt=p.format(a), answer=f"The plural of {a} is {b}.", word=b, thought=f"One {a}, two {b}.")
+        p = r.choice(
+            [
+                "What is the plural of {}?",
+                "Give me the plural of {}.",
+                "Plural of {}?",
+                "What is the plural of the word {}?",
+            ]
+        )
+        return Item(
+            prompt=p.format(a), answer=f"The plural of {a} is {b}.", word=b, thought=f"One {a}, two {b}."
+        )
     if kind == "colour":
         a, b = r.choice(COLOURS)
-        p = r.choice(["What colour is {}?", "Which colour has {}?", "Tell me the colour of {}.", "What is the colour of {}?"])
+        p = r.choice(
+            [
+                "What colour is {}?",
+                "Which colour has {}?",
+                "Tell me the colour of {}.",
+                "What is the colour of {}?",
+            ]
+        )
         thing = a if a in ("grass", "snow", "coal", "blood", "milk", "chocolate") else ("the " if a == "night" else "") + (
             a if a == "night" else _a(a))  # fmt: skip
         return Item(prompt=p.format(thing), answer=f"{thing[0].upper() + thing[1:]} is {b}.", word=b,
@@ -371,7 +425,12 @@ def words(r: random.Random) -> Item:
     language, out = r.choice([("French", fr), ("Spanish", es)])
     p = r.choice([f"What is {en} in {language}?", f"Translate {en} to {language}.", f"How do you say {en} in {language}?",
                   f"What is the {language} word for {en}?"])  # fmt: skip
-    return Item(prompt=p, answer=f'In {language}, "{en}" is "{out}".', word=out, thought=f"The {language} word for {en} is {out}.")
+    return Item(
+        prompt=p,
+        answer=f'In {language}, "{en}" is "{out}".',
+        word=out,
+        thought=f"The {language} word for {en} is {out}.",
+    )
 
 
 def capital(r: random.Random) -> Item:
@@ -383,14 +442,26 @@ def capital(r: random.Random) -> Item:
         return Item(prompt=p.format(country), answer=f"The capital of {country} is {city}.", word=city,
                     thought=f"The user asks for the capital of {country}. It is {city}.")  # fmt: skip
     if kind == "reverse":
-        p = r.choice(["Of which country is {} the capital?", "{} is the capital of which country?", "In which country is {}?"])
+        p = r.choice(
+            [
+                "Of which country is {} the capital?",
+                "{} is the capital of which country?",
+                "In which country is {}?",
+            ]
+        )
         return Item(prompt=p.format(city), answer=f"{city} is the capital of {country}.", word=country,
                     thought=f"{city} lies in {country}.")  # fmt: skip
     if kind == "continent":
         p = r.choice(["On which continent is {}?", "Where is {}?", "Which continent does {} belong to?"])
         return Item(prompt=p.format(country), answer=f"{country} is in {continent}.", word=continent,
                     thought=f"I look for {country} on the map. It is in {continent}.")  # fmt: skip
-    p = r.choice(["Which language do people speak in {}?", "What language is spoken in {}?", "What do people speak in {}?"])
+    p = r.choice(
+        [
+            "Which language do people speak in {}?",
+            "What language is spoken in {}?",
+            "What do people speak in {}?",
+        ]
+    )
     return Item(prompt=p.format(country), answer=f"In {country}, people speak {language}.", word=language,
                 thought=f"The language of {country} is {language}.")  # fmt: skip
 
@@ -399,13 +470,23 @@ def animal(r: random.Random) -> Item:
     noun, _, plural, sound, home, food, body, baby = r.choice(ANIMALS)
     kind = r.choice(["home", "food", "sound", "baby", "describe", "describe", "describe", "versus", "versus"])
     if kind == "describe":
-        p = r.choice(["Describe {}.", "Tell me about the {n}.", "What do you know about {pl}?", "What is {}?", "Write a few sentences about {pl}."])
+        p = r.choice(
+            [
+                "Describe {}.",
+                "Tell me about the {n}.",
+                "What do you know about {pl}?",
+                "What is {}?",
+                "Write a few sentences about {pl}.",
+            ]
+        )
         return Item(prompt=p.format(_a(noun), n=noun, pl=plural), thought=f"The user wants to know about {plural}: body, home, food and young.",
                     answer=f"{_a(noun).capitalize()} is an animal with {body}. It lives {home}"
                     f" and eats {food}. {_a(noun).capitalize()} {sound}, and its young is called {_a(baby)}.")  # fmt: skip
     if kind == "versus":
         other = r.choice([row for row in ANIMALS if row[0] != noun])
-        p = r.choice(["Compare {} and {}.", "What is the difference between {} and {}?"]).format(_a(noun), _a(other[0]))
+        p = r.choice(["Compare {} and {}.", "What is the difference between {} and {}?"]).format(
+            _a(noun), _a(other[0])
+        )
         return Item(prompt=p, thought=f"I compare body, food and sound of {plural} and {other[2]}.",
                     answer=f"The {noun} has {body}, while the {other[0]} has {other[6]}. The {noun} eats {food}, but the {other[0]} eats {other[5]}."
                     f" The {noun} {sound}, and the {other[0]} {other[3]}.")  # fmt: skip
@@ -422,10 +503,18 @@ def planet(r: random.Random) -> Item:
     i = r.randrange(8)
     name, order, text = PLANETS[i]
     if r.random() < 0.5:
-        p = r.choice(["What is the {} planet from the Sun?", "Which planet is the {} from the Sun?", "Name the {} planet."])
+        p = r.choice(
+            [
+                "What is the {} planet from the Sun?",
+                "Which planet is the {} from the Sun?",
+                "Name the {} planet.",
+            ]
+        )
         return Item(prompt=p.format(order), answer=f"The {order} planet from the Sun is {name}.", word=name,
                     thought=f"I count the planets: {_join([row[0] for row in PLANETS[: i + 1]])}.")  # fmt: skip
-    p = r.choice(["Tell me about {}.", "What is {} like?", "Describe the planet {}.", "What do you know about {}?"])
+    p = r.choice(
+        ["Tell me about {}.", "What is {} like?", "Describe the planet {}.", "What do you know about {}?"]
+    )
     return Item(prompt=p.format(name), answer=f"{name} is the {order} planet from the Sun. It is {text}.",
                 thought=f"The user asks about the planet {name}.")  # fmt: skip
 
@@ -466,7 +555,18 @@ def story(r: random.Random) -> Item:
 def explain(r: random.Random) -> Item:
     question, text = r.choice(EXPLANATIONS)
     low = question[0].lower() + question[1:-1]
-    prefix = r.choice(["", "", "", "Can you tell me: ", "Please explain: ", "I have a question. ", "Explain to a child: ", "In a few sentences: "])
+    prefix = r.choice(
+        [
+            "",
+            "",
+            "",
+            "Can you tell me: ",
+            "Please explain: ",
+            "I have a question. ",
+            "Explain to a child: ",
+            "In a few sentences: ",
+        ]
+    )
     return Item(prompt=prefix + (question if prefix in ("", "I have a question. ") else low + "?"), answer=text,
                 thought=f"The question is: {low}? I will explain it in simple words.")  # fmt: skip
 
@@ -475,7 +575,9 @@ def how_to(r: random.Random) -> Item:
     task, *steps = r.choice(HOW_TO)
     n = r.choice([5, 5, 3, 4])
     tail = "" if n == 5 else f" in {NUMBERS[n]} steps"
-    p = r.choice(["How do I {}{}?", "Tell me how to {}{}.", "How can I {}{}?", "Explain how to {}{}."]).format(task, tail)
+    p = r.choice(
+        ["How do I {}{}?", "Tell me how to {}{}.", "How can I {}{}?", "Explain how to {}{}."]
+    ).format(task, tail)
     return Item(prompt=p, answer=f"Here is how to {task}:\n" + "\n".join(f"{i}. {s}" for i, s in enumerate(steps[:n], 1)),
                 thought=f"I list the steps to {task}, one by one.")  # fmt: skip
 
@@ -484,10 +586,25 @@ def listing(r: random.Random) -> Item:
     noun, n = r.choice(list(LISTS)), r.randint(2, 7)
     some = LISTS[noun][:n]
     if r.random() < 0.5:
-        p = r.choice([f"List {NUMBERS[n]} {noun}.", f"List {n} {noun}.", f"Make a list of {NUMBERS[n]} {noun}."])
-        return Item(prompt=p, answer="\n".join(f"{i}. {s}" for i, s in enumerate(some, 1)), thought=f"I need {n} {noun} in a list.")
-    p = r.choice([f"Name {NUMBERS[n]} {noun}.", f"Tell me {NUMBERS[n]} {noun}.", f"Give me {n} {noun}.", f"Can you name {NUMBERS[n]} {noun}?"])
-    return Item(prompt=p, answer=f"{NUMBERS[n].capitalize()} {noun} are {_join(some)}.", thought=f"I need {n} {noun}.")
+        p = r.choice(
+            [f"List {NUMBERS[n]} {noun}.", f"List {n} {noun}.", f"Make a list of {NUMBERS[n]} {noun}."]
+        )
+        return Item(
+            prompt=p,
+            answer="\n".join(f"{i}. {s}" for i, s in enumerate(some, 1)),
+            thought=f"I need {n} {noun} in a list.",
+        )
+    p = r.choice(
+        [
+            f"Name {NUMBERS[n]} {noun}.",
+            f"Tell me {NUMBERS[n]} {noun}.",
+            f"Give me {n} {noun}.",
+            f"Can you name {NUMBERS[n]} {noun}?",
+        ]
+    )
+    return Item(
+        prompt=p, answer=f"{NUMBERS[n].capitalize()} {noun} are {_join(some)}.", thought=f"I need {n} {noun}."
+    )
 
 
 def python(r: random.Random) -> Item:
@@ -516,7 +633,14 @@ def make_json(r: random.Random) -> Item:
         data["age"], text = age, text + f" {age} years old"
     if kind in ("city", "both"):
         data["city"], text = city, text + (" and" if kind == "both" else "") + f" from {city}"
-    p = r.choice(["{}. Write this as JSON.", "Make a JSON object: {}.", "As JSON: {}.", "Give me a JSON object for this: {}."])
+    p = r.choice(
+        [
+            "{}. Write this as JSON.",
+            "Make a JSON object: {}.",
+            "As JSON: {}.",
+            "Give me a JSON object for this: {}.",
+        ]
+    )
     return Item(prompt=p.format(text), answer=json.dumps(data), thought=f"The keys are {_join(list(data))}.")
 
 
@@ -531,7 +655,11 @@ def letter(r: random.Random) -> Item:
         "late": (f"Write a short mail from {name} to {friend}: the train to {city} is late.", f"I am sorry, but my train to {city} is late. I will "
                  "arrive about one hour after the time we planned. Please do not wait for me at the station. See you soon."),
     }[kind]  # fmt: skip
-    return Item(prompt=p, answer=f"Dear {friend},\n\n{body}\n\nKind regards,\n{name}", thought=f"A note to {friend}, signed by {name}.")
+    return Item(
+        prompt=p,
+        answer=f"Dear {friend},\n\n{body}\n\nKind regards,\n{name}",
+        thought=f"A note to {friend}, signed by {name}.",
+    )
 
 
 def poem(r: random.Random) -> Item:
@@ -541,7 +669,14 @@ def poem(r: random.Random) -> Item:
     rhyme = {"sea": "and lends a little light to me", "sun": "and rests when all the work is done", "night": "and leaves us with the morning light",
              "one": "and tells us that the cold is gone", "free": "and brings a far-off song to me",
              "along": "and hums a never-ending song"}[line.split()[-1]]  # fmt: skip
-    p = r.choice(["Write a short poem about {}.", "Write a poem about {}.", "Can you write a poem about {}?", "A poem about {}, please."])
+    p = r.choice(
+        [
+            "Write a short poem about {}.",
+            "Write a poem about {}.",
+            "Can you write a poem about {}?",
+            "A poem about {}, please.",
+        ]
+    )
     return Item(prompt=p.format(thing), thought=f"Four short lines about {thing}, with a rhyme.",
                 answer=f"{line},\n{rhyme}.\nO {thing.removeprefix('the ').removeprefix('a ')}, I think of you each day,\nand hope that you will always stay.")  # fmt: skip
 
@@ -569,17 +704,31 @@ def small_talk(r: random.Random) -> Item:
 
 def joke(r: random.Random) -> Item:
     i = r.randrange(len(JOKES))
-    p = r.choice(["Tell me a joke about {}.", "Do you know a joke about {}?", "I want to hear a joke about {}."]).format(JOKES[i][0])
+    p = r.choice(
+        ["Tell me a joke about {}.", "Do you know a joke about {}?", "I want to hear a joke about {}."]
+    ).format(JOKES[i][0])
     if r.random() < 0.3:
         p = r.choice(["Tell me a joke.", "Do you know a joke?", "Make me laugh."])
     return Item(prompt=p, answer=JOKES[i][1], thought="I tell a short joke.")
 
 
 def repeat(r: random.Random) -> Item:
-    pool = [row[0] for row in ANIMALS] + [w[0] for w in WORDS] + NAMES + CITIES + NUMBERS + [a for a, _ in OPPOSITES]
-    text = " ".join(r.choice(pool) for _ in range(r.randint(1, 6)))
+    pool = (
+        [row[0] for row in ANIMALS]
+        + [w[0] for w in WORDS]
+        + NAMES
+        + CITIES
+        + NUMBERS
+        + [a for a, _ in OPPOSITES]
+    )
+    text = " ".join(r.choice(pool) for _ in range(r.randint(1, 10)))
     p = r.choice(["Repeat after me: {}", "Say {}", "Repeat this: {}", "Please repeat: {}"])
-    return Item(prompt=p.format(text), answer=text, word=text if " " not in text else None, thought="I repeat the words as they are.")
+    return Item(
+        prompt=p.format(text),
+        answer=text,
+        word=text if " " not in text else None,
+        thought="I repeat the words as they are.",
+    )
 
 
 def unknown(r: random.Random) -> Item:
@@ -592,8 +741,8 @@ def unknown(r: random.Random) -> Item:
 
 
 ITEMS: dict[Callable[[random.Random], Item], float] = {
-    arithmetic: 10, sequence: 5, compare: 4, units: 4, calendar: 5, words: 7, capital: 8, animal: 8, planet: 3, story: 14,
-    explain: 8, how_to: 4, listing: 5, python: 4, make_json: 6, letter: 4, poem: 2, small_talk: 5, joke: 2, repeat: 4, unknown: 2,
+    arithmetic: 11, sequence: 5, compare: 5, units: 5, calendar: 6, words: 8, capital: 9, animal: 7, planet: 3, story: 9,
+    explain: 5, how_to: 3, listing: 5, python: 3, make_json: 8, letter: 5, poem: 2, small_talk: 5, joke: 3, repeat: 9, unknown: 2,
 }  # fmt: skip
 
 
@@ -634,7 +783,10 @@ STYLES: list[tuple[list[str], bool, Callable[[Item], str]]] = [
 def _function(name: str, description: str, **properties: str) -> dict[str, Any]:
     props = {k: {"type": v.split(":")[0], "description": v.split(":")[1]} for k, v in properties.items()}
     parameters = {"type": "object", "properties": props, "required": list(properties)}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": parameters},
+    }
 
 
 TOOLS = {
@@ -648,14 +800,19 @@ TOOLS = {
 
 def _tool_chat(r: random.Random, held_out: bool) -> Chat:
     name = r.choice(list(TOOLS))
-    declared = r.sample([n for n in TOOLS if n != name], r.choice([0, 0, 1, 2])) + [name]
+    declared = [*r.sample([n for n in TOOLS if n != name], r.choice([0, 0, 1, 2])), name]
     r.shuffle(declared)
     thinking = r.random() < 0.25
     while True:
         city, who, topic = r.choice(CITIES), r.choice(NAMES), r.choice(ANIMALS)[2]
         a, b, degrees = r.randint(1, 999), r.randint(1, 999), r.randint(-9, 35)
-        hour, sky = f"{r.randint(0, 23):02}:{r.randint(0, 59):02}", r.choice(["sunny", "cloudy", "rainy", "windy", "snowy", "foggy"])
-        text = r.choice(["I will be late", "Happy birthday", "See you soon", "Lunch at noon", "Thank you for the book"])
+        hour, sky = (
+            f"{r.randint(0, 23):02}:{r.randint(0, 59):02}",
+            r.choice(["sunny", "cloudy", "rainy", "windy", "snowy", "foggy"]),
+        )
+        text = r.choice(
+            ["I will be late", "Happy birthday", "See you soon", "Lunch at noon", "Thank you for the book"]
+        )
         prompts, args, result, answer = {
             "get_weather": ([f"What is the weather in {city}?", f"How is the weather in {city} today?", f"Is it cold in {city}?",
                              f"Weather in {city}?", f"Tell me the weather in {city}."], {"city": city},
@@ -673,16 +830,32 @@ def _tool_chat(r: random.Random, held_out: bool) -> Chat:
         prompt = r.choice(prompts)
         if is_held_out(prompt) == held_out:
             break
-    call: Message = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": name, "arguments": args}}]}
+    call: Message = {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": name, "arguments": args}}],
+    }
     last: Message = {"role": "assistant", "content": answer}
     if thinking:
         call["reasoning"] = f"I should call {name} for this."
         last["reasoning"] = "The tool has answered. I tell the user the result."
-    content = r.choices([json.dumps(result), ", ".join(f"{k}: {v}" for k, v in result.items()), result], [4, 2, 1])[0]
-    messages: list[Message] = [{"role": "user", "content": prompt}, call, {"role": "tool", "name": name, "content": content}, last]
+    content = r.choices(
+        [json.dumps(result), ", ".join(f"{k}: {v}" for k, v in result.items()), result], [4, 2, 1]
+    )[0]
+    messages: list[Message] = [
+        {"role": "user", "content": prompt},
+        call,
+        {"role": "tool", "name": name, "content": content},
+        last,
+    ]
     if r.random() < 0.3:
         messages.insert(0, {"role": "system", "content": r.choice(STYLES[-1][0])})
-    return Chat(kind="tool", messages=messages, tools=[TOOLS[n] for n in declared], thinking=thinking, prompts=[prompt])
+    return Chat(
+        kind="tool",
+        messages=messages,
+        tools=[TOOLS[n] for n in declared],
+        thinking=thinking,
+        prompts=[prompt],
+    )
 
 
 def _memory_chat(r: random.Random, held_out: bool) -> Chat:
@@ -704,8 +877,16 @@ def _memory_chat(r: random.Random, held_out: bool) -> Chat:
         if is_held_out(" ".join(t[0] for t in turns)) == held_out:
             break
     middle = [_item(r, False)[1] for _ in range(r.choice([0, 0, 0, 1]))]
-    pairs = [turns[0]] + [(i.prompt, i.answer) for i in middle if turns[0][0].startswith(("My", "I ", "Hello", "Call"))] + turns[1:]
-    messages = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+    pairs = (
+        [turns[0]]
+        + [(i.prompt, i.answer) for i in middle if turns[0][0].startswith(("My", "I ", "Hello", "Call"))]
+        + turns[1:]
+    )
+    messages = [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
     return Chat(kind="memory", messages=messages, prompts=[p for p, _ in pairs])
 
 
@@ -720,7 +901,7 @@ def make_chat(r: random.Random, held_out: bool = False) -> Chat:
     system = r.random() < 0.2
     if system:
         names, short, style = r.choice(STYLES)
-    thinking = r.random() < 0.15
+    thinking = r.random() < 0.18
     turns = r.choice([1, 1, 1, 2, 2, 3, 4])
     chosen = [_item(r, held_out and t == turns - 1, short) for t in range(turns)]
     messages: list[Message] = [{"role": "system", "content": r.choice(names)}] if system else []
@@ -730,9 +911,15 @@ def make_chat(r: random.Random, held_out: bool = False) -> Chat:
         if thinking and t == turns - 1:
             reply["reasoning"] = item.thought
         messages += [{"role": "user", "content": prompt}, reply]
-    tools = [TOOLS[n] for n in r.sample(list(TOOLS), 1)] if r.random() < 0.03 and not any(c[0] == "arithmetic" for c in chosen) else None
+    tools = (
+        [TOOLS[n] for n in r.sample(list(TOOLS), 1)]
+        if r.random() < 0.03 and not any(c[0] == "arithmetic" for c in chosen)
+        else None
+    )
     label = "thinking" if thinking else "system" if system else "turns" if turns > 1 else chosen[-1][0]
-    return Chat(kind=label, messages=messages, tools=tools, thinking=thinking, prompts=[i.prompt for _, i in chosen])
+    return Chat(
+        kind=label, messages=messages, tools=tools, thinking=thinking, prompts=[i.prompt for _, i in chosen]
+    )
 
 
 def chats(seed: int | str, held_out: bool = False) -> Iterator[Chat]:

@@ -5,9 +5,9 @@
     python tools/train_demo.py drafter --target DIR --text F...  a drafter for a Hugging Face Gemma 4 target
     python tools/train_demo.py evaluate --pair DIR               answers and greedy acceptance of a pair
 
-Knows nothing of MLX. Needs torch, transformers >= 5.17, tokenizers, safetensors. A drafter learns every position of a text as
-an anchor: it reads the frozen target's keys and values, keeps the anchor's position through all its steps, and is
-taught the target's distribution for each of the next tokens.
+Knows nothing of MLX. Needs torch, transformers 5.17, tokenizers, safetensors (the extra `tools`). A drafter
+learns every position of a text as an anchor: it reads the frozen target's keys and values up to there, keeps
+the anchor's position through all its steps, and is taught the target's distribution for each next token.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import contextlib
 import ctypes
 import itertools
 import json
-import math
 import platform
 import random
 import shutil
@@ -31,134 +30,147 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
 import transformers
-from demo_corpus import Chat, chats
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import DynamicCache, Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4Config, Gemma4TextModel
+from transformers import (
+    DynamicCache,
+    Gemma4AssistantConfig,
+    Gemma4AssistantForCausalLM,
+    Gemma4Config,
+    Gemma4TextModel,
+)
 from transformers import PreTrainedTokenizerFast as Chatter
 from transformers.models.gemma4 import modeling_gemma4
 
+from demo_corpus import Chat, chats
+
 TEMPLATE = Path(__file__).resolve().parent.parent / "mlx_gemma_mtp" / "demo" / "chat_template.jinja"
-SPECIAL = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<|tool>": 46, "<tool|>": 47, "<|tool_call>": 48,
-           "<tool_call|>": 49, "<|tool_response>": 50, "<tool_response|>": 51, '<|"|>': 52, "<|think|>": 98,
-           "<|channel>": 100, "<channel|>": 101, "<|turn>": 105, "<turn|>": 106}  # fmt: skip
-VOCAB, STOP_IDS = 2048, [1, 106, 50]
-ROPE = {"full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
-        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}}  # fmt: skip
+VOCAB, STOP_IDS, NEWLINE = 2048, [1, 106, 50], 107
+STEP_TOKENS = 3072  # tokens for each step of an optimizer, over all workers
+# fmt: off
+SPECIAL = {
+    "<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<|tool>": 46, "<tool|>": 47,
+    "<|tool_call>": 48, "<tool_call|>": 49, "<|tool_response>": 50, "<tool_response|>": 51,
+    '<|"|>': 52, "<|think|>": 98, "<|channel>": 100, "<channel|>": 101, "<|turn>": 105, "<turn|>": 106}
+NAMED = {
+    "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>",
+    "mask_token": "<mask>", "soc_token": "<|channel>", "eoc_token": "<channel|>", "sot_token": "<|turn>",
+    "eot_token": "<turn|>", "std_token": "<|tool>", "etd_token": "<tool|>", "stc_token": "<|tool_call>",
+    "etc_token": "<tool_call|>", "str_token": "<|tool_response>", "etr_token": "<tool_response|>",
+    "escape_token": '<|"|>', "think_token": "<|think|>"}
 COMMON: dict[str, Any] = {
-    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2, "dtype": "bfloat16", "enable_moe_block": False,
-    "eos_token_id": 1, "hidden_activation": "gelu_pytorch_tanh", "initializer_range": 0.02, "model_type": "gemma4_text",
-    "num_experts": None, "pad_token_id": 0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "top_k_experts": None,
-    "use_bidirectional_attention": None, "use_cache": True}  # fmt: skip
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2, "dtype": "bfloat16",
+    "enable_moe_block": False, "eos_token_id": 1, "hidden_activation": "gelu_pytorch_tanh",
+    "initializer_range": 0.02, "model_type": "gemma4_text", "moe_intermediate_size": None,
+    "num_experts": None, "pad_token_id": 0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    "top_k_experts": None, "use_bidirectional_attention": None, "use_cache": True}
 TARGET: dict[str, Any] = COMMON | {
-    "attention_k_eq_v": False, "final_logit_softcapping": 30.0, "global_head_dim": 64, "head_dim": 32, "hidden_size": 160,
-    "hidden_size_per_layer_input": 16, "intermediate_size": 224,
+    "attention_k_eq_v": False, "final_logit_softcapping": 30.0, "global_head_dim": 64, "head_dim": 32,
+    "hidden_size": 160, "hidden_size_per_layer_input": 16, "intermediate_size": 224,
     "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2, "max_position_embeddings": 8192,
-    "num_attention_heads": 4, "num_global_key_value_heads": None, "num_hidden_layers": 8, "num_key_value_heads": 1,
-    "num_kv_shared_layers": 4, "rope_parameters": ROPE, "sliding_window": 128, "use_double_wide_mlp": True,
-    "vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB}  # fmt: skip
-GENERATION = {"bos_token_id": 2, "do_sample": True, "eos_token_id": STOP_IDS, "pad_token_id": 0, "temperature": 1.0, "top_k": 64,
-              "top_p": 0.95}  # fmt: skip
+    "num_attention_heads": 4, "num_global_key_value_heads": None, "num_hidden_layers": 8,
+    "num_key_value_heads": 1, "num_kv_shared_layers": 4, "sliding_window": 128, "use_double_wide_mlp": True,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}},
+    "vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB}
+GENERATION = {
+    "bos_token_id": 2, "do_sample": True, "eos_token_id": STOP_IDS, "pad_token_id": 0, "temperature": 1.0,
+    "top_k": 64, "top_p": 0.95}
+# fmt: on
 Batch = tuple[Tensor, Tensor]  # token ids and the weight of each token as a prediction, flat or (B, T)
 Windows = Iterator[tuple[list[int], list[float]]]
+LossOf = Callable[
+    [Batch, float], tuple[Tensor, dict[str, float]]
+]  # of a batch and the share of the time that is over
 
 
-# --- tokenizer ---------------------------------------------------------------------------------------------------
+# --- tokenizer --------------------------------------------------------------------------------------------
 
 
 def build_tokenizer(texts: Sequence[str], out: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`: byte-fallback BPE in Gemma's style, specials at Gemma's ids."""
+    """Write the tokenizer's files: byte-fallback BPE in Gemma's style, special tokens at Gemma's ids."""
     teacher = Tokenizer(models.BPE())
     teacher.normalizer = normalizers.Replace(" ", "▁")
-    # The teacher sees words, so no piece spans two words or two digits; the tokenizer itself splits nothing, as Gemma's.
+    # The teacher sees words, so no piece spans two words or digits. The tokenizer splits nothing, as Gemma's.
     teacher.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?[^\W\d_]+|▁+|\n+|\d|[^\w\s]|_"), "isolated")
     letters = [chr(c) for c in range(33, 127)] + ["▁"]
-    teacher.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCAB + 600, initial_alphabet=letters, limit_alphabet=200, show_progress=False))  # fmt: skip
-    learned = json.loads(teacher.to_str())["model"]["merges"]
-    merges = [("\n", "\n"), ("▁", "▁"), ("▁▁", "▁▁")] + [(a, b) for a, b in map(tuple, learned) if "\n" not in a + b and a + b != "▁▁"]
-    free = [i for i in range(VOCAB) if i not in SPECIAL.values() and i not in (107, 108)]
-    pieces = [f"<0x{b:02X}>" for b in range(256)] + letters
-    vocab = dict(SPECIAL) | {"\n": 107, "\n\n": 108}
-    kept = []
-    for a, b in merges:
-        known = vocab.keys() | pieces
-        if a + b not in known and a in known and b in known and len(pieces) < len(free):
-            pieces.append(a + b)
-        if a + b in vocab or a + b in pieces:
-            kept.append((a, b))
-    pieces += [f"<unused{i}>" for i in range(len(free) - len(pieces))]
-    vocab |= dict(zip(pieces, free, strict=True))
-    kept = [(a, b) for a, b in kept if a in vocab and b in vocab]
-    tok = Tokenizer(models.BPE(vocab, kept, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB + 600, initial_alphabet=letters, show_progress=False)
+    teacher.train_from_iterator(texts, trainer)
+    learned = [tuple(pair) for pair in json.loads(teacher.to_str())["model"]["merges"]]
+    pieces = dict.fromkeys([f"<0x{b:02X}>" for b in range(256)] + letters)
+    fixed = SPECIAL | {"\n": NEWLINE, "\n\n": NEWLINE + 1}
+    free = [i for i in range(VOCAB) if i not in fixed.values()]
+    merges = [("\n", "\n")]
+    for a, b in [("▁", "▁"), ("▁▁", "▁▁"), *learned]:
+        whole = a + b
+        if (
+            a in pieces
+            and b in pieces
+            and (a, b) not in merges
+            and (whole in pieces or len(pieces) < len(free))
+        ):
+            pieces[whole] = None
+            merges.append((a, b))
+    names = [*pieces, *(f"<unused{i}>" for i in range(len(free) - len(pieces)))]
+    vocab = fixed | dict(zip(names, free, strict=True))
+    tok = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tok.normalizer = normalizers.Replace(" ", "▁")
     tok.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tok.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL])
-    data = json.loads(tok.to_str())
-    data["post_processor"] = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}],
-                              "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-                              "special_tokens": {}}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    (out / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False, separators=(",", ":")))
-    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>",
-             "soc_token": "<|channel>", "eoc_token": "<channel|>", "sot_token": "<|turn>", "eot_token": "<turn|>",
-             "std_token": "<|tool>", "etd_token": "<tool|>", "stc_token": "<|tool_call>", "etc_token": "<tool_call|>",
-             "str_token": "<|tool_response>", "etr_token": "<tool_response|>", "escape_token": '<|"|>',
-             "think_token": "<|think|>"}  # fmt: skip
-    _write_json(out / "tokenizer_config.json", names | {"backend": "tokenizers", "clean_up_tokenization_spaces": False,
-                "extra_special_tokens": [], "model_max_length": TARGET["max_position_embeddings"], "padding_side": "left",
-                "tokenizer_class": "PreTrainedTokenizerFast"})  # fmt: skip
+    (out / "tokenizer.json").write_text(tok.to_str(), encoding="utf-8")
+    _write_json(
+        out / "tokenizer_config.json",
+        NAMED
+        | {"backend": "tokenizers", "clean_up_tokenization_spaces": False, "extra_special_tokens": []}
+        | {"model_max_length": TARGET["max_position_embeddings"], "padding_side": "left"}
+        | {"tokenizer_class": "PreTrainedTokenizerFast"},
+    )
     if TEMPLATE.resolve() != (out / TEMPLATE.name).resolve():
         shutil.copy(TEMPLATE, out / TEMPLATE.name)
 
 
 def load_tokenizer(path: Path) -> Chatter:
     """The tokenizer of a model directory, with its chat template."""
-    tok = Chatter(tokenizer_file=str(path / "tokenizer.json"), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    tok = Chatter(
+        tokenizer_file=str(path / "tokenizer.json"), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
     tok.chat_template = (path / "chat_template.jinja").read_text()
     return tok
 
 
-# --- data --------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------
 
 
 def render(tok: Chatter, chat: Chat, upto: int | None = None) -> str:
     """A chat through the template; with `upto`, only so many messages and the generation prompt."""
-    text = tok.apply_chat_template(chat.messages[:upto], tools=chat.tools, enable_thinking=chat.thinking, tokenize=False,
-                                   add_generation_prompt=upto is not None)  # fmt: skip
+    text = tok.apply_chat_template(
+        chat.messages[:upto],
+        tools=chat.tools,
+        enable_thinking=chat.thinking,
+        tokenize=False,
+        add_generation_prompt=upto is not None,
+    )
     return cast(str, text)
 
 
-def model_mask(ids: Sequence[int], outside: float) -> list[float]:
-    """1 for each token that the model has to say, `outside` for the prompt's and the tool responses'."""
-    weights, turn, said, before = [], 0, False, (0, 0)
-    for i in ids:
-        weights.append(1.0 if said else outside)
-        if i == 105:
-            turn, said = 1, False
-        elif i == 107 and turn:
-            said, turn = before[1] in _MODEL_ENDS, 0
-        elif i in (106, 50):
-            said = False
-        elif i == 51:
-            said = True
-        before = (before[1], i)
-    return weights
-
-
-_MODEL_ENDS: set[int] = set()
-
-
 def chat_windows(tok: Chatter, seed: str, outside: float) -> Windows:
-    """Endless training chats as token ids and weights."""
-    _MODEL_ENDS.update(tok("model", add_special_tokens=False)["input_ids"][-1:])
+    """Endless training chats: weight 1 for what the model has to say, `outside` for prompts and responses."""
+    opening = tok("<|turn>model\n", add_special_tokens=False)["input_ids"]
     for chat in chats(seed):
         ids = tok(render(tok, chat), add_special_tokens=False)["input_ids"]
-        yield ids, model_mask(ids, outside)
+        weights, said = list[float](), False
+        for at, i in enumerate(ids):
+            weights.append(1.0 if said else outside)
+            if i in (SPECIAL["<turn|>"], SPECIAL["<|tool_response>"]):
+                said = False
+            elif i == SPECIAL["<tool_response|>"] or ids[max(0, at + 1 - len(opening)) : at + 1] == opening:
+                said = True
+        yield ids, weights
 
 
 def file_windows(tok: Chatter, files: Sequence[Path], seed: str) -> Windows:
@@ -188,7 +200,7 @@ def as_rows(batch: Batch, progress: float) -> Batch:
     return batch[0].view(-1, length), batch[1].view(-1, length)
 
 
-# --- the target --------------------------------------------------------------------------------------------------
+# --- the target -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +216,10 @@ class Target:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped logits in float32, (..., V)."""
-        raw, cap = (hidden @ self.text.embed_tokens.weight.T).float(), self.text.config.final_logit_softcapping
+        raw, cap = (
+            (hidden @ self.text.embed_tokens.weight.T).float(),
+            self.text.config.final_logit_softcapping,
+        )
         return torch.tanh(raw / cap) * cap if cap else raw
 
     @torch.no_grad()
@@ -220,9 +235,17 @@ class Target:
 
 
 def target_config() -> dict[str, Any]:
-    return {"architectures": ["Gemma4ForConditionalGeneration"], "audio_config": None, "dtype": "bfloat16", "eos_token_id": [1, 106],
-            "initializer_range": 0.02, "model_type": "gemma4", "text_config": TARGET, "tie_word_embeddings": True,
-            "vision_config": None}  # fmt: skip
+    return {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "audio_config": None,
+        "dtype": "bfloat16",
+        "eos_token_id": [1, 106],
+        "initializer_range": 0.02,
+        "model_type": "gemma4",
+        "text_config": TARGET,
+        "tie_word_embeddings": True,
+        "vision_config": None,
+    }
 
 
 def load_target(path: Path) -> Target:
@@ -231,7 +254,9 @@ def load_target(path: Path) -> Target:
     text = Gemma4TextModel(config.get_text_config()).float().eval().requires_grad_(False)
     prefix, have = "model.language_model.", dict[str, Tensor]()
     for file in sorted(path.glob("*.safetensors")):
-        have |= {k.removeprefix(prefix): v.float() for k, v in load_file(file).items() if k.startswith(prefix)}
+        have |= {
+            k.removeprefix(prefix): v.float() for k, v in load_file(file).items() if k.startswith(prefix)
+        }
     missing = text.load_state_dict(have, strict=False).missing_keys
     if missing:
         raise ValueError(f"{path}: missing tensors {missing[:4]}, {len(missing)} in all")
@@ -254,12 +279,12 @@ def init_target(text: Gemma4TextModel) -> None:
             nn.init.constant_(p, 0.3)
 
 
-# --- training ----------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crew:
-    """Worker processes of one thread each: on few cores that is faster than threads, which wait for each other in every op."""
+    """Worker processes of one thread each: threads wait in every operation, workers once a step."""
 
     rank: int
     size: int
@@ -275,26 +300,33 @@ class Crew:
             p.grad = part.view_as(p)
         return float(flat[-1])
 
+    def share(self, tokens: int) -> int:
+        """This worker's share of the tokens, in whole rows."""
+        return max(512, tokens // self.size // 512 * 512)
+
     def wait(self) -> None:
+        """Until all workers are here."""
         if self.size > 1:
             dist.barrier()
 
 
 class Optimizer:
-    """Muon for the matrices, AdamW for tables, norms and heads; a warm-up, a plateau and a linear end, by share of time."""
+    """Muon for the matrices, AdamW for tables and norms; warm-up, plateau, linear end, by share of time."""
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]], rate: float, tables: Sequence[str]) -> None:
         table = [p for n, p in named if p.ndim == 2 and any(t in n for t in tables)]
         matrix = [p for n, p in named if p.ndim == 2 and not any(t in n for t in tables)]
         vector = [p for _, p in named if p.ndim != 2]
+        groups = [{"params": table}, {"params": vector, "lr": rate / 2}]
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.Muon(matrix, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([{"params": table}, {"params": vector, "lr": rate / 2}], lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]  # fmt: skip
+            torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
         self.rates = [[g["lr"] for g in part.param_groups] for part in self.parts]
         self.params = [p for _, p in named]
 
     def step(self, progress: float, number: int) -> None:
-        scale = min(1.0, (number + 1) / 50) * min(1.0, (1 - progress) / 0.6 + 0.01)
+        scale = min(1.0, (number + 1) / 20) * min(1.0, (1 - progress) / 0.6 + 0.01)
         nn.utils.clip_grad_norm_(self.params, 1.0)
         for part, rates in zip(self.parts, self.rates, strict=True):
             for group, rate in zip(part.param_groups, rates, strict=True):
@@ -303,8 +335,9 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
 
-def train(loss_of: Callable[[Batch, float], tuple[Tensor, dict[str, float]]], data: Iterator[Batch], opt: Optimizer,
-          crew: Crew, minutes: float, what: str) -> dict[str, float]:  # fmt: skip
+def train(
+    loss_of: LossOf, data: Iterator[Batch], opt: Optimizer, crew: Crew, minutes: float, what: str
+) -> dict[str, float]:
     """Train for so many minutes of wall clock; returns the last figures."""
     start, tokens, mean, shown, progress = time.monotonic(), 0, dict[str, float](), 0.0, 0.0
     for number, batch in enumerate(data):
@@ -320,8 +353,11 @@ def train(loss_of: Callable[[Batch, float], tuple[Tensor, dict[str, float]]], da
         if (spent := time.monotonic() - start) > shown and crew.rank == 0:
             shown = spent + 30
             text = "  ".join(f"{k} {v:.3f}" for k, v in mean.items())
-            print(f"{what} {spent:5.0f} s  step {number:5d}  {tokens / spent:6.0f} tokens/s  {text}", flush=True)
-    return {"seconds": round(time.monotonic() - start, 1), "steps": number, "tokens": tokens} | {k: round(v, 4) for k, v in mean.items()}
+            print(
+                f"{what} {spent:5.0f} s  step {number:5d}  {tokens / spent:6.0f} tokens/s  {text}", flush=True
+            )
+    done = {"seconds": round(time.monotonic() - start, 1), "steps": number, "tokens": tokens}
+    return done | {k: round(v, 4) for k, v in mean.items()}
 
 
 def train_target(out: Path, crew: Crew, seed: int, minutes: float) -> dict[str, float]:
@@ -340,13 +376,16 @@ def train_target(out: Path, crew: Crew, seed: int, minutes: float) -> dict[str, 
     def loss_of(batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
         ids, weights = as_rows(batch, progress)
         logits = target.logits(target(ids)[0][:, :-1])
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         w = weights[:, 1:].flatten()
         said = w == 1
-        return (losses * w).sum() / w.sum(), {"loss": losses[said].mean().item(), "prompt": losses[~said].mean().item()}
+        return (losses * w).sum() / w.sum(), {
+            "loss": losses[said].mean().item(),
+            "prompt": losses[~said].mean().item(),
+        }
 
     opt = Optimizer(list(target.text.named_parameters()), 4e-3, ["embed_tokens"])
-    data = batches(chat_windows(tok, f"{seed}-target-{crew.rank}", 0.15), 4096 // crew.size)
+    data = batches(chat_windows(tok, f"{seed}-target-{crew.rank}", 0.15), crew.share(STEP_TOKENS))
     figures = train(loss_of, data, opt, crew, minutes, "target")
     if crew.rank == 0:
         weights = {f"model.language_model.{k}": v for k, v in target.text.state_dict().items()}
@@ -355,20 +394,40 @@ def train_target(out: Path, crew: Crew, seed: int, minutes: float) -> dict[str, 
     return figures
 
 
-# --- the drafter -------------------------------------------------------------------------------------------------
+# --- the drafter ------------------------------------------------------------------------------------------
 
 
-def drafter_config(target: dict[str, Any], hidden: int, wide: int, centroids: int, top: int) -> dict[str, Any]:
+def drafter_config(
+    target: dict[str, Any], hidden: int, wide: int, centroids: int, top: int
+) -> dict[str, Any]:
     """The config of a drafter for a target's `text_config`; no centroids: a plain tied head."""
-    keep = ["global_head_dim", "head_dim", "max_position_embeddings", "num_attention_heads", "num_global_key_value_heads",
-            "num_key_value_heads", "rope_parameters", "sliding_window", "vocab_size", "attention_k_eq_v"]  # fmt: skip
-    text = COMMON | {k: target[k] for k in keep if k in target} | {
-        "final_logit_softcapping": None, "hidden_size": hidden, "hidden_size_per_layer_input": 0, "intermediate_size": wide,
-        "layer_types": ["sliding_attention"] * 3 + ["full_attention"], "moe_intermediate_size": None, "num_hidden_layers": 4,
-        "num_kv_shared_layers": 4, "use_double_wide_mlp": False, "vocab_size_per_layer_input": 0}  # fmt: skip
-    return {"architectures": ["Gemma4AssistantForCausalLM"], "backbone_hidden_size": target["hidden_size"],
-            "centroid_intermediate_top_k": top, "dtype": "bfloat16", "model_type": "gemma4_assistant", "num_centroids": centroids or 2048,
-            "text_config": text, "tie_word_embeddings": True, "use_ordered_embeddings": bool(centroids)}  # fmt: skip
+    keep = (
+        "global_head_dim head_dim max_position_embeddings num_attention_heads num_global_key_value_heads "
+        "num_key_value_heads rope_parameters sliding_window vocab_size attention_k_eq_v"
+    )
+    text = COMMON | {k: target[k] for k in keep.split() if k in target}
+    text |= {
+        "final_logit_softcapping": None,
+        "hidden_size": hidden,
+        "hidden_size_per_layer_input": 0,
+        "intermediate_size": wide,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 4,
+        "use_double_wide_mlp": False,
+        "vocab_size_per_layer_input": 0,
+    }
+    return {
+        "architectures": ["Gemma4AssistantForCausalLM"],
+        "backbone_hidden_size": target["hidden_size"],
+        "centroid_intermediate_top_k": top,
+        "dtype": "bfloat16",
+        "model_type": "gemma4_assistant",
+        "num_centroids": centroids or 2048,
+        "text_config": text,
+        "tie_word_embeddings": True,
+        "use_ordered_embeddings": bool(centroids),
+    }
 
 
 def new_drafter(config: dict[str, Any]) -> Gemma4AssistantForCausalLM:
@@ -389,33 +448,40 @@ def new_drafter(config: dict[str, Any]) -> Gemma4AssistantForCausalLM:
 
 @dataclass(frozen=True, kw_only=True)
 class Anchors:
-    """What the drafter reads for the anchors 0..N-1 of a text: position p sees the keys up to p, in every step."""
+    """What the drafter reads for some anchors of a text: anchor p sees the keys up to p, in every step."""
 
+    at: Tensor  # (B, N) positions
     embeds: Tensor  # (B, T, D) the target's scaled embeddings of the text
     hidden: Tensor  # (B, N, D) the target's hidden states at the anchors
     kv: dict[str, tuple[Tensor, Tensor]]
-    masks: dict[str, Tensor]  # (1, 1, N, T), true where a key may be read
-    count: int
+    masks: dict[str, Tensor]  # (B, 1, N, T), true where a key may be read
 
     @classmethod
     @torch.no_grad()
-    def of(cls, target: Target, ids: Tensor, count: int) -> tuple["Anchors", Tensor]:
+    def of(cls, target: Target, ids: Tensor, at: Tensor) -> tuple["Anchors", Tensor]:
         """The anchors of a text, and the target's logits at all its positions."""
         hidden, kv = target(ids)
-        back = torch.arange(count)[:, None] - torch.arange(ids.shape[1])[None]
-        full = (back >= 0)[None, None]
-        near = full & (back < target.text.config.sliding_window)
-        anchors = cls(embeds=target.text.embed_tokens(ids), hidden=hidden[:, :count], kv=kv, count=count,
-                      masks={"full_attention": full, "sliding_attention": near})  # fmt: skip
-        return anchors, target.logits(hidden)
+        back = (at[..., None] - torch.arange(ids.shape[1]))[:, None]
+        near = (back >= 0) & (back < target.text.config.sliding_window)
+        masks = {"full_attention": back >= 0, "sliding_attention": near}
+        embeds = target.text.embed_tokens(ids)
+        return cls(at=at, embeds=embeds, hidden=pick(hidden, at), kv=kv, masks=masks), target.logits(hidden)
 
 
-def draft_step(model: Gemma4AssistantForCausalLM, a: Anchors, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """One step for all anchors: the drafter's state (B, N, d), and the hidden (B, N, D) that the next step takes."""
+def pick(values: Tensor, at: Tensor) -> Tensor:
+    """`values` (B, T, ...) at the positions (B, N)."""
+    return values[torch.arange(values.shape[0])[:, None], at]
+
+
+def draft_step(
+    model: Gemma4AssistantForCausalLM, a: Anchors, embeds: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step for all anchors: the drafter's state (B, N, d), and the hidden (B, N, D) for the next step."""
     x = model.pre_projection(torch.cat([embeds, hidden], dim=-1))
-    position = torch.arange(a.count)[None].expand(x.shape[0], -1)
-    state = model.model(inputs_embeds=x, attention_mask=a.masks, position_ids=position, shared_kv_states=a.kv,
-                        use_cache=False).last_hidden_state  # fmt: skip
+    out = model.model(
+        inputs_embeds=x, attention_mask=a.masks, position_ids=a.at, shared_kv_states=a.kv, use_cache=False
+    )
+    state = out.last_hidden_state
     return state, model.post_projection(state)
 
 
@@ -435,8 +501,16 @@ def balanced_clusters(rows: Tensor, count: int, rounds: int = 25) -> tuple[Tenso
     return owners.argsort(stable=True), centres
 
 
-def train_drafter(target: Target, windows: Windows, config: dict[str, Any], out: Path, crew: Crew, seed: int,
-                  minutes: float, steps: int) -> dict[str, float]:  # fmt: skip
+def train_drafter(
+    target: Target,
+    windows: Windows,
+    config: dict[str, Any],
+    out: Path,
+    crew: Crew,
+    seed: int,
+    minutes: float,
+    steps: int,
+) -> dict[str, float]:
     """Distil a drafter from a frozen target over `steps` unrolled steps; writes it into `out`."""
     torch.manual_seed(seed + 7)
     model = new_drafter(config).train()
@@ -445,9 +519,11 @@ def train_drafter(target: Target, windows: Windows, config: dict[str, Any], out:
     def loss_of(data: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
         nonlocal clusters
         ids, weights = as_rows(data, progress)
-        n = ids.shape[1] - steps
-        anchors, logits = Anchors.of(target, ids, n)
-        said = (weights == 1).float()
+        said = weights == 1
+        # Half of the positions, those first that are followed by something to say.
+        rows, length = ids.shape
+        first = said[:, 2 : length + 1 - steps] + torch.rand(rows, length - 1 - steps)
+        anchors, logits = Anchors.of(target, ids, first.topk(length // 2).indices.sort().values)
         if head is not None and progress > 0.35 and not len(clusters):
             table = model.model.embed_tokens.weight.detach().float()
             ordering, centres = balanced_clusters(table, head.num_centroids)
@@ -455,29 +531,38 @@ def train_drafter(target: Target, windows: Windows, config: dict[str, Any], out:
             head.centroids.weight.data.copy_(centres)
             clusters = torch.empty_like(ordering)
             clusters[ordering] = torch.arange(len(ordering)) // head.vocab_size_per_centroid
-        hidden, active, total, figures = anchors.hidden, torch.ones_like(said[:, :n]), torch.zeros(()), dict[str, float]()
+        hidden, active = anchors.hidden, torch.ones_like(anchors.at, dtype=torch.bool)
+        total, figures = torch.zeros(()), dict[str, float]()
         for k in range(1, steps + 1):
-            state, hidden = draft_step(model, anchors, anchors.embeds[:, k : k + n], hidden)
-            if k + 1 <= steps:
-                active = active * said[:, k + 1 : k + 1 + n]
-            chosen = active.bool()
-            mine, want = model.lm_head(state[chosen]).float(), logits[:, k : k + n][chosen].softmax(-1)
+            state, hidden = draft_step(model, anchors, pick(anchors.embeds, anchors.at + k), hidden)
+            active = active & pick(said, anchors.at + k + 1)
+            mine = model.lm_head(state[active]).float()
+            want = pick(logits, anchors.at + k)[active].softmax(-1)
             loss = -(want * mine.log_softmax(-1)).sum(-1).mean()
             if len(clusters):
                 mass = torch.zeros(len(want), head.num_centroids).index_add_(1, clusters, want)
-                centre = head.centroids(state[chosen]).float()
+                centre = head.centroids(state[active]).float()
                 loss = loss - 0.5 * (mass * centre.log_softmax(-1)).sum(-1).mean()
-                figures["recall"] = _recall(centre, clusters[want.argmax(-1)], head.centroid_intermediate_top_k)
+                figures["recall"] = _recall(
+                    centre, clusters[want.argmax(-1)], head.centroid_intermediate_top_k
+                )
             total = total + loss * 0.85 ** (k - 1)
             figures[f"hit{k}"] = (mine.argmax(-1) == want.argmax(-1)).float().mean().item()
         return total, {"loss": total.item()} | figures
 
     named = [(name, p) for name, p in model.named_parameters() if not name.startswith("lm_head")]
     opt = Optimizer(named, 4e-3, ["embed_tokens", "centroids"])
-    figures = train(loss_of, batches(windows, 4096 // crew.size), opt, crew, minutes, "drafter")
+    figures = train(loss_of, batches(windows, crew.share(STEP_TOKENS)), opt, crew, minutes, "drafter")
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("lm_head")}
     if crew.rank == 0:
-        _save(weights, config, out, is_assistant=True, num_assistant_tokens=steps, num_assistant_tokens_schedule="constant")
+        _save(
+            weights,
+            config,
+            out,
+            is_assistant=True,
+            num_assistant_tokens=steps,
+            num_assistant_tokens_schedule="constant",
+        )
     return figures
 
 
@@ -487,8 +572,12 @@ def _recall(centre: Tensor, wanted: Tensor, top: int) -> float:
 
 def load_drafter(path: Path) -> Gemma4AssistantForCausalLM:
     """A drafter from its directory, in float32."""
-    model = Gemma4AssistantForCausalLM(Gemma4AssistantConfig(**json.loads((path / "config.json").read_text()))).float().eval()
-    have = {k: v if v.dtype == torch.int64 else v.float() for k, v in load_file(path / "model.safetensors").items()}
+    config = json.loads((path / "config.json").read_text())
+    model = Gemma4AssistantForCausalLM(Gemma4AssistantConfig(**config)).float().eval()
+    have = {
+        k: v if v.dtype == torch.int64 else v.float()
+        for k, v in load_file(path / "model.safetensors").items()
+    }
     missing = model.load_state_dict(have, strict=False).missing_keys
     if set(missing) - {"lm_head.weight"}:
         raise ValueError(f"{path}: missing tensors {missing}")
@@ -496,28 +585,28 @@ def load_drafter(path: Path) -> Gemma4AssistantForCausalLM:
     return model.requires_grad_(False)
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def drafts_of(model: Gemma4AssistantForCausalLM, target: Target, ids: Tensor, depth: int) -> Tensor:
-    """Greedy drafts (N, depth) for every anchor p of a text (1, T) whose next token, p + 1, is the pending one."""
-    n = ids.shape[1] - 1
-    anchors, _ = Anchors.of(target, ids, n)
+    """Greedy drafts (N, depth) for every anchor p of a text (1, T); the token at p + 1 is the pending one."""
+    anchors, _ = Anchors.of(target, ids, torch.arange(ids.shape[1] - 1)[None])
     embeds, hidden, drafts = anchors.embeds[:, 1:], anchors.hidden, list[Tensor]()
     for _ in range(depth):
         state, hidden = draft_step(model, anchors, embeds, hidden)
         if model.masked_embedding is None:
             logits = model.lm_head(state)
         else:
-            logits = torch.cat([model.masked_embedding(part, model.lm_head.weight) for part in state.split(128, dim=1)], dim=1)
+            parts = state.split(128, dim=1)
+            logits = torch.cat([model.masked_embedding(part, model.lm_head.weight) for part in parts], dim=1)
         drafts.append(logits.argmax(-1))
         embeds = target.text.embed_tokens(drafts[-1])
     return torch.stack(drafts, dim=-1)[0]
 
 
 def accepted_per_round(drafts: Tensor, ids: Sequence[int], prompt: int, depth: int) -> list[int]:
-    """Accepted drafts of each round when `ids[prompt:]` is the target's greedy text; the last, cut rounds count as cut."""
+    """Accepted drafts of each round, `ids[prompt:]` being the target's greedy text; the last may be cut."""
     at, counts = prompt, list[int]()
     while at < len(ids) - 1:  # ids[at] is pending, the cache holds the tokens before it
         n = 0
@@ -545,19 +634,31 @@ def evaluate(pair: Path, seed: int, prompts: int, depth: int, limit: int = 200) 
         by_kind.setdefault(chat.kind, []).append(int(right))
         if drafter is not None and len(new) > 1:
             text = ids + new
-            counts = accepted_per_round(drafts_of(drafter, target, torch.tensor([text]), depth), text, len(ids), depth)
+            counts = accepted_per_round(
+                drafts_of(drafter, target, torch.tensor([text]), depth), text, len(ids), depth
+            )
             rounds += counts
-        samples.append({"kind": chat.kind, "prompt": prompt, "answer": answer, "expected": "yes" if right else "no"})
-    figures: dict[str, Any] = {"prompts": prompts, "new_tokens": new_tokens, "answers_equal_to_corpus": round(exact / prompts, 3),
-                               "by_kind": {k: f"{sum(v)}/{len(v)}" for k, v in sorted(by_kind.items())}}  # fmt: skip
+        samples.append(
+            {"kind": chat.kind, "prompt": prompt, "answer": answer, "expected": "yes" if right else "no"}
+        )
+    figures: dict[str, Any] = {
+        "prompts": prompts,
+        "new_tokens": new_tokens,
+        "answers_equal_to_corpus": round(exact / prompts, 3),
+        "by_kind": {k: f"{sum(v)}/{len(v)}" for k, v in sorted(by_kind.items())},
+    }
     if rounds:
         reach = [sum(c >= k for c in rounds) for k in range(depth + 1)]
-        figures |= {"depth": depth, "rounds": len(rounds), "accepted_per_round": round(sum(rounds) / len(rounds), 3),
-                    "acceptance_by_position": [round(b / max(a, 1), 3) for a, b in itertools.pairwise(reach)]}  # fmt: skip
+        figures |= {
+            "depth": depth,
+            "rounds": len(rounds),
+            "accepted_per_round": round(sum(rounds) / len(rounds), 3),
+            "acceptance_by_position": [round(b / max(a, 1), 3) for a, b in itertools.pairwise(reach)],
+        }
     return figures | {"samples": samples}
 
 
-# --- files and the command line ----------------------------------------------------------------------------------
+# --- files and the command line ---------------------------------------------------------------------------
 
 
 def _split_specials(text: str) -> list[str]:
@@ -573,14 +674,17 @@ def _write_json(path: Path, data: Any) -> None:
 def _save(weights: dict[str, Tensor], config: dict[str, Any], out: Path, **generation: Any) -> None:
     """bfloat16 weights (integers as they are), config.json and generation_config.json."""
     out.mkdir(parents=True, exist_ok=True)
-    stored = {k: (v if v.dtype == torch.int64 else v.to(torch.bfloat16)).detach().contiguous() for k, v in weights.items()}
+    stored = {
+        k: (v if v.dtype == torch.int64 else v.to(torch.bfloat16)).detach().contiguous()
+        for k, v in weights.items()
+    }
     save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
     _write_json(out / "config.json", config)
     _write_json(out / "generation_config.json", GENERATION | generation)
 
 
 def _fast_cpu(threads: int) -> None:
-    """Set the threads, keep freed memory (glibc gives large blocks back and faults them in again), use torch's own norm."""
+    """Set the threads, keep freed memory (glibc faults large blocks in again), fuse norms."""
     torch.set_num_threads(threads)
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -588,7 +692,9 @@ def _fast_cpu(threads: int) -> None:
             libc.mallopt(option, value)
 
     def norm(self: Any, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight if self.with_scale else None, self.eps).type_as(x)
+        return nn.functional.rms_norm(
+            x.float(), (x.shape[-1],), self.weight if self.with_scale else None, self.eps
+        ).type_as(x)
 
     modeling_gemma4.Gemma4RMSNorm.forward = norm
 
@@ -599,25 +705,36 @@ def write_card(out: Path, record: dict[str, Any]) -> None:
     _write_json(out / "training.json", record | {"samples": samples[:25]})
     e, t, d = record["evaluation"], record["target"], record["drafter"]
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
-    rows = "\n".join(f"- **{s['kind']}**\n\n  ```text\n  {s['prompt'].replace(chr(10), chr(10) + '  ')}>>> "
-                     f"{s['answer'].replace(chr(10), chr(10) + '  ')}\n  ```" for s in samples[:12])  # fmt: skip
+    indent = "\n  "
+    rows = "\n".join(
+        f"- **{s['kind']}**\n\n  ```text\n  {(s['prompt'] + s['answer']).replace(chr(10), indent)}\n  ```"
+        for s in samples[:12]
+    )
     (out / "README.md").write_text(f"""# The demo pair
 
-A tiny Gemma 4 target of the E type and its drafter, trained from scratch by `tools/train_demo.py` on chats made by
-`tools/demo_corpus.py`: numbers, words, animals, countries, planets, little stories, lists, JSON, Python, tool calls. It exists so
-that the whole runtime can be tried and tested without a download. It knows nothing else, and it is no product of Google.
+A tiny Gemma 4 target of the E type and its drafter, trained from scratch by `tools/train_demo.py` on
+chats made by `tools/demo_corpus.py`: numbers, words, animals, countries, planets, little stories, lists, JSON,
+Python, tool calls. It exists so that the whole runtime can be tried and tested without a download. It knows
+nothing else, and it is no product of Google.
 
 | | target | drafter |
 |---|---|---|
 | parameters | {t["parameters"]:,} | {d["parameters"]:,} |
-| shape | 8 layers (4 share K/V), hidden 160, window 128 | 4 query-only layers, hidden {d["hidden"]}, 64 centroids, top 8 |
-| trained on | {t["tokens"]:,} tokens, {t["seconds"]:.0f} s | {d["tokens"]:,} tokens, {d["seconds"]:.0f} s |
+| layers | 8, of them 4 that share K/V | 4, query-only |
+| hidden size | 160 | {d["hidden"]} |
+| training | {t["tokens"]:,} tokens, {t["seconds"]:.0f} s | {d["tokens"]:,} tokens, {d["seconds"]:.0f} s |
 
-Vocabulary {VOCAB}; bfloat16; {size:.1f} MB in all. KV-shared layers store no k_proj, v_proj, k_norm. Machine: {record["machine"]}.
+Vocabulary {VOCAB}; sliding window 128; bfloat16; {size:.1f} MB in all. The KV-shared layers store no k_proj,
+v_proj and k_norm, as transformers saves them. Trained on {record["machine"]}.
 
-On {e["prompts"]} held-out prompts, weights rounded to bfloat16: {e["answers_equal_to_corpus"]:.0%} of the greedy answers equal the
-corpus' own, word for word (a story has several right beginnings). Greedy drafts accepted per round at depth {e["depth"]}:
-**{e["accepted_per_round"]}**; acceptance of draft 1, 2, … given the ones before: {e["acceptance_by_position"]}.
+On {e["prompts"]} held-out prompts, with the stored bfloat16 weights:
+
+- greedy answers equal to the corpus' own, word for word: {e["answers_equal_to_corpus"]:.0%} (a story may
+  begin in several ways, so not every other answer is wrong);
+- greedy drafts accepted per round at depth {e["depth"]}: **{e["accepted_per_round"]}**;
+- acceptance of each draft, given the ones before: {", ".join(map(str, e["acceptance_by_position"]))}.
+
+All figures are in `training.json`.
 
 Licence: Apache-2.0, as the rest of this repository. The corpus is generated, so no other licence applies.
 
@@ -628,7 +745,9 @@ Licence: Apache-2.0, as the rest of this repository. The corpus is generated, so
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     sub = parser.add_subparsers(dest="command", required=True)
     both, one, two, three = (sub.add_parser(n) for n in ("all", "target", "drafter", "evaluate"))
     for p in (both, one, two, three):
@@ -636,9 +755,18 @@ def main() -> None:
         p.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     for p in (both, one):
         p.add_argument("--out", type=Path, required=True)
-        p.add_argument("--minutes", type=float, default=40, help="wall clock for training; `all` gives the target 68%% of it")
-    two.add_argument("--target", type=Path, required=True, help="a Gemma 4 target in Hugging Face layout, with tokenizer")
-    two.add_argument("--text", type=Path, nargs="+", help="UTF-8 files to train on; without: the demo's chats")
+        p.add_argument(
+            "--minutes",
+            type=float,
+            default=40,
+            help="wall clock for training; `all` gives the target 68%% of it",
+        )
+    two.add_argument(
+        "--target", type=Path, required=True, help="a Gemma 4 target in Hugging Face layout, with tokenizer"
+    )
+    two.add_argument(
+        "--text", type=Path, nargs="+", help="UTF-8 files to train on; without: the demo's chats"
+    )
     two.add_argument("--out", type=Path, help="where to write; default: TARGET/drafter")
     two.add_argument("--minutes", type=float, default=12)
     for p in (both, two):
@@ -654,7 +782,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "evaluate":
         _fast_cpu(args.workers)
-        print(json.dumps(evaluate(args.pair, args.seed, args.prompts, args.depth), indent=1, ensure_ascii=False))
+        print(
+            json.dumps(evaluate(args.pair, args.seed, args.prompts, args.depth), indent=1, ensure_ascii=False)
+        )
         return
     with tempfile.TemporaryDirectory() as meeting:
         mp.start_processes(_work, (args, meeting), nprocs=args.workers, start_method="spawn")
@@ -665,7 +795,9 @@ def _work(rank: int, a: argparse.Namespace, meeting: str) -> None:
     _fast_cpu(1)
     crew, start, record = Crew(rank=rank, size=a.workers), time.monotonic(), dict[str, Any]()
     if crew.size > 1:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=crew.size)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=crew.size
+        )
     if a.command in ("all", "target"):
         record["target"] = train_target(a.out, crew, a.seed, a.minutes * (0.68 if a.command == "all" else 1))
     if a.command in ("all", "drafter"):
@@ -688,9 +820,13 @@ def _work(rank: int, a: argparse.Namespace, meeting: str) -> None:
         record["drafter"]["hidden"] = a.hidden
         record["evaluation"] = evaluate(a.out, a.seed, a.prompts, a.depth)
         versions = {m.__name__: m.__version__ for m in (torch, transformers, tokenizers, safetensors)}
-        record |= {"seed": a.seed, "minutes": a.minutes, "seconds_in_all": round(time.monotonic() - start),
-                   "versions": versions | {"python": platform.python_version()},
-                   "machine": f"{platform.machine()}, {a.workers} workers of one CPU thread"}  # fmt: skip
+        record |= {
+            "seed": a.seed,
+            "minutes": a.minutes,
+            "seconds_in_all": round(time.monotonic() - start),
+            "versions": versions | {"python": platform.python_version()},
+            "machine": f"{platform.machine()}, {a.workers} workers of one CPU thread",
+        }
         write_card(a.out, record)
     print(json.dumps(record, indent=1))
 

@@ -23,13 +23,12 @@ class Drafter:
         hidden = config.hidden_size
         self.into = w.linear("pre_projection", hidden, 2 * config.backbone_hidden)
         self.out = w.linear("post_projection", config.backbone_hidden, hidden)
-        self.layers = [
-            Layer(w, f"layers.{i}", spec, hidden, config.norm_eps) for i, spec in enumerate(config.layers)
-        ]
+        self.layers = [Layer(w, f"layers.{i}", spec, hidden, config.norm_eps) for i, spec in enumerate(config.layers)]
         self.norm = w.take("norm.weight", hidden)
         embedding = w.linear("embed_tokens", config.vocab_size, hidden)
         self.head = CentroidHead(config.centroids, w, embedding, config) if config.centroids else FullHead(embedding)
         self._ropes = Rotaries(config.layers)
+        self.parameters = w.parameters
 
     @property
     def arrays(self) -> list[list[mx.array]]:

@@ -67,7 +67,12 @@ class Layer:
         self.out = w.linear(f"{path}.self_attn.o_proj", hidden, queries)
         self.q_norm = w.take(f"{path}.self_attn.q_norm.weight", spec.head_dim)
         self.k_norm = w.take(f"{path}.self_attn.k_norm.weight", spec.head_dim) if spec.writes_kv else None
-        norms = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        norms = [
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        ]
         self.norms = [w.take(f"{path}.{n}.weight", hidden) for n in norms]
         self.gate_up = w.stacked([f"{path}.mlp.{n}_proj" for n in ("gate", "up")], [spec.mlp_hidden] * 2, hidden)
         self.down = w.linear(f"{path}.mlp.down_proj", hidden, spec.mlp_hidden)

@@ -17,6 +17,8 @@ class WeightsError(ValueError):
 class Weights:
     """Named tensors, each taken once, with its shape checked; `finish` refuses what nobody took.
 
+    `parameters` counts those of the tensors taken, packed ones as what they stand for.
+
     Names are those of `convert.names`. `quantized(path)` says how a matrix with scales is packed. Floating-point
     tensors, scales included, become `dtype`.
     """
@@ -27,6 +29,7 @@ class Weights:
         self._left = dict(tensors)
         self._quantized = quantized
         self.dtype = dtype
+        self.parameters = 0
 
     def take(self, name: str, *shape: int) -> mx.array:
         """The tensor `name`, of exactly this shape: floating-point values, cast to `dtype`, or token ids."""
@@ -45,6 +48,7 @@ class Weights:
         if spec is None:
             raise WeightsError(f"{path}.scales is there, but the config has no `quantization`")
         weight = self._pop(f"{path}.weight", (*batch, outputs, inputs * spec.bits // 32), spec)
+        self.parameters += weight.size * 32 // spec.bits
         groups = (*batch, outputs, inputs // spec.group_size)
         scales = self._pop(f"{path}.scales", groups, spec)
         biases = None
@@ -111,7 +115,7 @@ class Linear:
 
     def __call__(self, x: mx.array) -> mx.array:
         """x (..., inputs) -> (..., outputs)."""
-        if self.spec is None:
+        if self.spec is None or self.scales is None:
             return x @ self.weight.T
         return mx.quantized_matmul(
             x,
@@ -126,11 +130,11 @@ class Linear:
 
     def rows(self, index: mx.array) -> mx.array:
         """Rows of W: index (...) -> (..., inputs)."""
-        if self.spec is None:
+        if self.spec is None or self.scales is None:
             return self.weight[index]
         return mx.dequantize(
             self.weight[index],
-            self.scales[index],  # type: ignore[index]
+            self.scales[index],
             None if self.biases is None else self.biases[index],
             group_size=self.spec.group_size,
             bits=self.spec.bits,
@@ -145,9 +149,22 @@ class Linear:
         assert weight is not None
         return Linear(weight, scales, biases, self.spec, self.dtype)
 
+    def joined(self, others: Sequence[Linear]) -> Linear:
+        """One matrix with the rows of this one and then of `others`, which are packed alike."""
+
+        def join(parts: Sequence[mx.array | None]) -> mx.array | None:
+            there = [p for p in parts if p is not None]
+            return mx.concatenate(there, axis=-2) if there else None
+
+        all_parts = [self, *others]
+        weight = join([p.weight for p in all_parts])
+        assert weight is not None
+        scales, biases = join([p.scales for p in all_parts]), join([p.biases for p in all_parts])
+        return Linear(weight, scales, biases, self.spec, self.dtype)
+
     def gathered(self, x: mx.array, index: mx.array, *, in_order: bool = False) -> mx.array:
         """For a stack (E, outputs, inputs): x (..., 1, inputs) by matrices index (...) -> (..., 1, outputs)."""
-        if self.spec is None:
+        if self.spec is None or self.scales is None:
             return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=index, sorted_indices=in_order)
         return mx.gather_qmm(
             x,
@@ -170,10 +187,7 @@ class Stacked:
         self.bounds = [sum(outputs[: i + 1]) for i in range(len(outputs) - 1)]
         self.parts = list(parts)
         if len(parts) > 1 and all(p.spec == parts[0].spec for p in parts):
-            columns = zip(*([p.weight, p.scales, p.biases] for p in parts), strict=True)
-            joined = [None if c[0] is None else mx.concatenate(list(c), axis=-2) for c in columns]  # type: ignore[arg-type]
-            assert joined[0] is not None
-            self.parts = [Linear(joined[0], joined[1], joined[2], parts[0].spec, parts[0].dtype)]
+            self.parts = [parts[0].joined(parts[1:])]
 
     @property
     def arrays(self) -> list[mx.array]:

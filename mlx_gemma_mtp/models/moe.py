@@ -26,7 +26,11 @@ class Experts:
             names = [f"{path}.experts.{n}_proj" for n in ("gate", "up")]
             self.gate_up = w.stacked(names, [spec.hidden] * 2, hidden, spec.experts)
         self.down = w.linear(f"{path}.experts.down_proj", hidden, spec.hidden, spec.experts)
-        names = ["post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"]
+        names = [
+            "post_feedforward_layernorm_1",
+            "pre_feedforward_layernorm_2",
+            "post_feedforward_layernorm_2",
+        ]
         self.norms = [w.take(f"{path}.{n}.weight", hidden) for n in names]
 
     @property

@@ -23,6 +23,7 @@ class Target:
         ]
         self.norm = w.take("norm.weight", hidden)
         self._ropes = Rotaries(config.layers)
+        self.parameters = w.parameters
         # Layers behind this one store no K/V: in a prefill only the last position needs them.
         self._last_writer = max(i for i, spec in enumerate(config.layers) if spec.writes_kv)
 
@@ -30,11 +31,16 @@ class Target:
     def arrays(self) -> list[list[mx.array]]:
         """What it keeps in memory, in portions that may be loaded one after the other."""
         first = [*self.embedding.arrays, self.norm]
-        return [first, self.per_layer.arrays if self.per_layer else [], *(layer.arrays for layer in self.layers)]
+        return [
+            first,
+            self.per_layer.arrays if self.per_layer else [],
+            *(layer.arrays for layer in self.layers),
+        ]
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Token embeddings times sqrt(hidden): tokens (...) -> (..., hidden)."""
-        return self.embedding.rows(tokens) * self.config.hidden_size**0.5
+        scale: float = self.config.hidden_size**0.5
+        return self.embedding.rows(tokens) * scale
 
     def __call__(self, tokens: mx.array, view: KVView, *, last_only: bool = False) -> mx.array:
         """Hidden states after the final norm, (R, L, hidden), of tokens (R, L) at the view's positions.
@@ -75,7 +81,10 @@ class PerLayerInputs:
 
     def __call__(self, tokens: mx.array, embedded: mx.array) -> mx.array:
         """tokens (R, L), embedded (R, L, hidden) -> (R, L, layers, P): the mean of both sources, times sqrt(2)."""
-        size, shape = self.config.per_layer_hidden, (*tokens.shape, len(self.config.layers), -1)
-        from_token = (self.table.rows(tokens) * size**0.5).reshape(shape)
-        projected = (self.projection(embedded) * self.config.hidden_size**-0.5).reshape(shape)
-        return (rms_norm(projected, self.norm, self.config.norm_eps) + from_token) * 2.0**-0.5
+        shape = (*tokens.shape, len(self.config.layers), -1)
+        of_token: float = self.config.per_layer_hidden**0.5
+        of_context: float = self.config.hidden_size**-0.5
+        from_token = (self.table.rows(tokens) * of_token).reshape(shape)
+        projected = (self.projection(embedded) * of_context).reshape(shape)
+        half: float = 2.0**-0.5
+        return (rms_norm(projected, self.norm, self.config.norm_eps) + from_token) * half

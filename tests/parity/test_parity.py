@@ -52,9 +52,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     def make(name: str) -> Case:
         golden = json.loads((GOLDENS / f"{name}.json").read_text())
         directory = tmp_path_factory.mktemp(name)
-        tiny.write_pair(
-            directory, golden["kind"], seed=golden["seed"], style=golden["style"], window=golden["window"]
-        )
+        tiny.write_pair(directory, golden["kind"], seed=golden["seed"], style=golden["style"], window=golden["window"])
         assert tiny.fingerprint(directory) == golden["weights_sha256"], (
             "tests/tiny.py writes other weights than the goldens were made from: run tools/make_goldens.py"
         )

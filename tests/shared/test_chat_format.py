@@ -76,9 +76,7 @@ def test_stop_ids_are_those_of_the_generation_config(real: TextCodec) -> None:
     assert real.stop_ids == {1, 106, 50}
 
 
-@pytest.mark.parametrize(
-    "case", TOKENS.get("E4B_qat_ct_streams", {}).get("cases", []), ids=lambda c: c["prompt"][:20]
-)
+@pytest.mark.parametrize("case", TOKENS.get("E4B_qat_ct_streams", {}).get("cases", []), ids=lambda c: c["prompt"][:20])
 def test_recorded_streams(real: TextCodec, case: dict[str, Any]) -> None:
     _use(real, TEMPLATES[[t.name.startswith("official_E2B") for t in TEMPLATES].index(True)])
     assert real.render([{"role": "user", "content": case["prompt"]}]) == case["prompt_ids"]
@@ -86,9 +84,7 @@ def test_recorded_streams(real: TextCodec, case: dict[str, Any]) -> None:
     assert real.split(case["stream"], case["prompt_ids"]) == (real.decode(case["stream"]), None)
 
 
-@pytest.mark.parametrize(
-    "case", TOKENS.get("E2B_mtp_oracle_block3", {}).get("cases", []), ids=lambda c: c["id"]
-)
+@pytest.mark.parametrize("case", TOKENS.get("E2B_mtp_oracle_block3", {}).get("cases", []), ids=lambda c: c["id"])
 def test_recorded_answers(real: TextCodec, case: dict[str, Any]) -> None:
     assert real.decode(case["ids"]) == case["text"]
     assert real.encode(case["text"])[1:] == case["ids"]
