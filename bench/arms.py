@@ -184,9 +184,7 @@ class MlxVlm:
         from mlx_vlm.generate.ar import generate_step
 
         ids = mx.array([prompt])
-        for token, _ in generate_step(
-            ids, self._model, None, None, max_tokens=new, temperature=0.0, **self._options
-        ):
+        for token, _ in generate_step(ids, self._model, None, None, max_tokens=new, temperature=0.0, **self._options):
             yield [(0, [int(token)])]
 
     def batch(self, prompts: list[list[int]], new: int) -> Events:
@@ -293,9 +291,7 @@ def about(packages: Iterable[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Load, say "ready", then answer one JSON line with another until stdin ends."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", choices=list(LIBRARIES))
     parser.add_argument("--target", required=True)
     parser.add_argument("--drafter")

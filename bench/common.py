@@ -59,9 +59,7 @@ def find_pair(target: str | None, drafter: str | None) -> Pair:
     if (path / "target" / "config.json").is_file():
         path = path / "target"
     if not (path / "config.json").is_file():
-        raise ValueError(
-            f"{path} has no config.json: expected a checkpoint, or a directory with one in target/"
-        )
+        raise ValueError(f"{path} has no config.json: expected a checkpoint, or a directory with one in target/")
     places = [
         path / "drafter",
         *(path.parent / n for n in ("assistant", "drafter", f"{path.name}-assistant")),
@@ -204,11 +202,7 @@ def describe_machine() -> dict[str, Any]:
 
 def host_class() -> str:
     """A short name for machines of this kind, for file names: system, chip or architecture, cores."""
-    chip = (
-        re.sub(r"[^a-z0-9]+", "-", _chip().lower()).strip("-")
-        if sys.platform == "darwin"
-        else platform.machine()
-    )
+    chip = re.sub(r"[^a-z0-9]+", "-", _chip().lower()).strip("-") if sys.platform == "darwin" else platform.machine()
     return f"{platform.system().lower()}-{chip}-{os.cpu_count()}core"
 
 
@@ -225,9 +219,7 @@ def _chip() -> str:
 def describe_commit() -> str | None:
     """The commit of this checkout, "+changes" behind it when files differ; None where it is none."""
     git = ["git", "-C", str(ROOT)]
-    head = subprocess.run(
-        [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    )
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
     if head.returncode:
         return None
     changes = subprocess.run(
@@ -284,9 +276,7 @@ class Worker:
             self._process.wait()
             self._log.seek(0)
             tail = self._log.read().strip().splitlines()[-3:]
-            raise WorkerError(
-                f"it ended with status {self._process.returncode}: {' / '.join(tail) or 'no message'}"
-            )
+            raise WorkerError(f"it ended with status {self._process.returncode}: {' / '.join(tail) or 'no message'}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise WorkerError(answer["error"].strip().splitlines()[-1])

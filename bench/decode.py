@@ -181,9 +181,7 @@ def measure(
         for repeat in range(repeats):
             console.print(f"  repeat {repeat + 1} of {repeats}, {MODES[mode]}")
             for arm in list(able) if repeat % 2 == 0 else reversed(able):
-                samples[arm].append(
-                    Sample(able[arm].ask({"op": mode, "prompts": prompts, "new": new})["parts"])
-                )
+                samples[arm].append(Sample(able[arm].ask({"op": mode, "prompts": prompts, "new": new})["parts"]))
         run.samples[mode] = samples
 
 
@@ -197,9 +195,7 @@ def compare_tokens(workers: Mapping[Arm, Worker], prompts: Sequence[list[int]], 
     seen = set()
     for mode, samples in run.samples.items():
         for arm, several in samples.items():
-            for row, tokens in (
-                (row, tokens) for sample in several for row, tokens in enumerate(sample.tokens)
-            ):
+            for row, tokens in ((row, tokens) for sample in several for row, tokens in enumerate(sample.tokens)):
                 if tokens == run.tokens[row] or (mode, arm, row) in seen:
                     continue
                 seen.add((mode, arm, row))
@@ -241,12 +237,8 @@ def summary(run: Run, mode: str) -> dict[str, Any]:
             "tokens_per_second_with_prefill": Spread.of([s.rate for s in samples]).to_dict(),
             "prefill_seconds": Spread.of([s.total("prefill_s") for s in samples]).to_dict(),
             "cpu_ms_per_token": round(1000 * sum(s.total("cpu_s") for s in samples) / tokens, 3),
-            "accepted_per_round": round(sum(s.total("accepted") for s in samples) / rounds, 3)
-            if rounds
-            else None,
-            "drafted_per_round": round(sum(s.total("drafted") for s in samples) / rounds, 3)
-            if rounds
-            else None,
+            "accepted_per_round": round(sum(s.total("accepted") for s in samples) / rounds, 3) if rounds else None,
+            "drafted_per_round": round(sum(s.total("drafted") for s in samples) / rounds, 3) if rounds else None,
             "ratios": {
                 str(peer): {name: spread.to_dict() for name, spread in ratio.items()}
                 for peer in arm.peers()
@@ -268,9 +260,7 @@ def checks(runs: Mapping[str, Run], depths: Sequence[int]) -> list[dict[str, Any
                     "target": str(target),
                     "at_least": target.at_least,
                     **({name: spread.to_dict() for name, spread in ratio.items()} if ratio else {}),
-                    "met": None
-                    if ratio is None
-                    else all(s.median >= target.at_least for s in ratio.values()),
+                    "met": None if ratio is None else all(s.median >= target.at_least for s in ratio.values()),
                 }
             )
         wrong = [d for d in run.differences if not d["near_tie"]]
@@ -294,9 +284,7 @@ def show(run: Run, blas: str, console: Console) -> None:
                 f"{row['tokens_per_second_with_prefill']['median']:.1f}",
                 f"{row['cpu_ms_per_token']:.2f}",
                 "" if not row["drafted_per_round"] else f"{accepted:.2f} of {row['drafted_per_round']:.2f}",
-                "\n".join(
-                    f"{_span(r['decode'])} ({_span(r['with_prefill'])}) {p}" for p, r in row["ratios"].items()
-                ),
+                "\n".join(f"{_span(r['decode'])} ({_span(r['with_prefill'])}) {p}" for p, r in row["ratios"].items()),
             )
         console.print(table)
     for name, reason in run.left_out.items():
@@ -306,11 +294,7 @@ def show(run: Run, blas: str, console: Console) -> None:
     for d in run.differences:
         what = "near tie" if d["near_tie"] else "DIFFERENT TOKENS"
         gap = f"; logits {d['margin']:.1e} apart" if "margin" in d else ""
-        where = (
-            "one gave fewer tokens"
-            if d["at"] is None
-            else f"at {d['at']}: {d['token']}, expected {d['expected']}"
-        )
+        where = "one gave fewer tokens" if d["at"] is None else f"at {d['at']}: {d['token']}, expected {d['expected']}"
         console.print(f"{what}: {d['arm']} ({d['mode']}), prompt {d['prompt']}, {where}{gap}", markup=False)
 
 
@@ -330,9 +314,7 @@ def show_checks(found: Sequence[Mapping[str, Any]], console: Console) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-def record(
-    args: argparse.Namespace, pair: Pair, prompts: tuple[str, list[list[int]]], runs: Mapping[str, Run]
-) -> Any:
+def record(args: argparse.Namespace, pair: Pair, prompts: tuple[str, list[list[int]]], runs: Mapping[str, Run]) -> Any:
     """All of it, ready for JSON."""
     kind, ids = prompts
     return {
@@ -373,29 +355,21 @@ def record(
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--pair", metavar="DIR", help="the target, or a directory with target/ (default: the demo pair)"
     )
     parser.add_argument("--drafter", metavar="DIR", help="the drafter (default: beside the target)")
-    parser.add_argument(
-        "--depths", default="0,1,2,3", help="drafts per round, 0 is plain (default: %(default)s)"
-    )
+    parser.add_argument("--depths", default="0,1,2,3", help="drafts per round, 0 is plain (default: %(default)s)")
     parser.add_argument("--blas", default="mlx,openblas", help="which to measure with (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new", type=int, default=64, help="new tokens per prompt (default: %(default)s)")
     parser.add_argument(
         "--peers-python", default=sys.executable, help="the Python that has mlx-vlm (default: this one)"
     )
-    parser.add_argument(
-        "--out", type=Path, help="the record (default: bench/results/decode-<date>-<host class>.json)"
-    )
+    parser.add_argument("--out", type=Path, help="the record (default: bench/results/decode-<date>-<host class>.json)")
     parser.add_argument("--json", action="store_true", help="print the record instead of the tables")
-    parser.add_argument(
-        "--check", action="store_true", help="exit with 1 when a target is missed or tokens differ"
-    )
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed or tokens differ")
     args = parser.parse_args(argv)
     try:
         args.depths = sorted({int(d) for d in args.depths.split(",")})
@@ -421,9 +395,7 @@ def main() -> int:
         return 2
     args.machine = common.describe_machine()
     if args.machine["load_at_start"] > 0.3:
-        shown.print(
-            f"Others use this machine (load {args.machine['load_at_start']}): the figures will be noisy."
-        )
+        shown.print(f"Others use this machine (load {args.machine['load_at_start']}): the figures will be noisy.")
     prompts = common.make_prompts(pair.target)
     pythons = {"ours": sys.executable, "mlx-lm": sys.executable, "mlx-vlm": args.peers_python}
     arms = [Arm("ours", d) for d in args.depths] + [Arm("mlx-lm", 0)] * (0 in args.depths)
@@ -432,9 +404,7 @@ def main() -> int:
     for blas in args.blas:
         preload = common.find_openblas() if blas == "openblas" else None
         if blas == "openblas" and preload is None:
-            shown.print(
-                "OpenBLAS is not there: skipped (on Debian and Ubuntu: apt-get install libopenblas0-pthread)"
-            )
+            shown.print("OpenBLAS is not there: skipped (on Debian and Ubuntu: apt-get install libopenblas0-pthread)")
             continue
         run = runs[blas] = Run()
         progress.print(f"{BLAS[blas]}: starting {len(arms)} workers")

@@ -255,7 +255,8 @@ class DrafterConfig:
 # Fields that don't change what the text model computes: ids, training and generation settings, other towers.
 _TOP_HARMLESS = frozenset(
     "architectures audio_config vision_config dtype torch_dtype eos_token_id bos_token_id pad_token_id "
-    "initializer_range model_type tie_word_embeddings transformers_version vision_soft_tokens_per_image quantization quantization_config "
+    "initializer_range model_type tie_word_embeddings transformers_version vision_soft_tokens_per_image "
+    "quantization quantization_config "
     "_name_or_path is_encoder_decoder use_cache mlx_lm_version mlx_vlm_version text_model_type processor_class".split()
 )
 _QUANTIZATIONS = ("quantization", "quantization_config")

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .cache import CacheSpec, KVCache
+from .cache import KVCache
 from .config import LayerSpec
 from .depth import parse_depth
 from .loading import Loaded, Progress, load_pair
@@ -21,6 +21,7 @@ from .scheduler import Scheduler
 from .speculative import MAX_DEPTH, Speculator
 from .stats import SpecStats
 from .text import Piece, TextCodec, read_stop_ids
+from .views import CacheSpec
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
-from .cache import BlockView, CacheSpec, HeldView, KVCache, KVView, Layout
+from .cache import KVCache
 from .sampling import accept_greedy
+from .views import BlockView, CacheSpec, HeldView, KVView, Layout
 
 T = TypeVar("T")
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.cache import CacheSpec, HeldView, KVView
 from mlx_gemma_mtp.config import KVSlotSpec
 from mlx_gemma_mtp.speculative import MAX_DEPTH, Speculator
+from mlx_gemma_mtp.views import CacheSpec, HeldView, KVView
 
 VOCAB = 11
 WINDOW = 6

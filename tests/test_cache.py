@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.cache import CacheSpec, KVCache, capacity_step, row_bucket
+from mlx_gemma_mtp.cache import KVCache, capacity_step, row_bucket
 from mlx_gemma_mtp.config import KVSlotSpec
 from mlx_gemma_mtp.speculative import Block
+from mlx_gemma_mtp.views import CacheSpec
 
 from .fakes import SPEC, WINDOW, expected, fake_speculator
 

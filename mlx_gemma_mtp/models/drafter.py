@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from ..cache import HeldView
 from ..config import CentroidSpec, DrafterConfig
+from ..views import HeldView
 from .layers import Layer, Rotaries
 from .linear import Linear, Weights, rms_norm
 

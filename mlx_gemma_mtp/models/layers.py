@@ -7,8 +7,8 @@ from functools import partial
 
 import mlx.core as mx
 
-from ..cache import KVView
 from ..config import LayerSpec, RopeSpec
+from ..views import KVView
 from .linear import Linear, Weights, fused_kernels, gelu_gate, rms_norm
 from .moe import Experts
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..cache import KVView
 from ..config import TargetConfig
+from ..views import KVView
 from .layers import Layer, Rotaries
 from .linear import Weights, rms_norm
 
