@@ -2,8 +2,8 @@
 
     python arms.py LIBRARY --target DIR [--drafter DIR] [--depth K]     LIBRARY: ours, mlx-lm or mlx-vlm
 
-Knows nothing of other arms, repeats or results. Imports the library it runs and nothing else of this project, so that it
-works in any environment that has that library.
+Knows nothing of other arms, repeats or results. Imports the library it runs and nothing else of this project, so
+that it works in any environment that has that library.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,7 +86,8 @@ class Ours:
     def margin(self, tokens: list[int], a: int, b: int) -> float:
         """By how much the logit of `a` exceeds that of `b` after `tokens`."""
         last = self._runtime.logits(tokens)[-1]
-        return float((last[a] - last[b]).item())
+        gap: float = (last[a] - last[b]).item()  # type: ignore[assignment]
+        return gap
 
     def _add(self, stats: Sequence[Any]) -> None:
         rounds, accepted, drafted = self._counts
@@ -126,10 +127,10 @@ class MlxLm:
         order = {uid: row for row, uid in enumerate(generator.insert(prompts, [new] * rows))}
         left = rows
         while left:
-            responses = generator.next()[1]
+            responses = generator.next()[1]  # type: ignore[no-untyped-call]
             left -= sum(r.finish_reason is not None for r in responses)
             yield [(order[r.uid], [int(r.token)]) for r in responses]
-        generator.close()
+        generator.close()  # type: ignore[no-untyped-call]
 
     def counts(self) -> Counts:
         """No drafts."""
@@ -221,15 +222,12 @@ class MlxVlm:
         mx.synchronize()
 
 
-LIBRARIES: dict[str, type[Ours] | type[MlxLm] | type[MlxVlm]] = {
-    "ours": Ours,
-    "mlx-lm": MlxLm,
-    "mlx-vlm": MlxVlm,
-}
+LIBRARIES: dict[str, Callable[[str, str | None, int], Arm]]
+LIBRARIES = {"ours": Ours, "mlx-lm": MlxLm, "mlx-vlm": MlxVlm}
 
 
 def collect(arm: Arm, events: Events, rows: int, new: int) -> dict[str, Any]:
-    """Run one generation. `prefill_s` ends when every row has its first token, `wall_s` with the last row's last one."""
+    """Run one generation: `prefill_s` until every row has its first token, `wall_s` until the last row's last."""
     before, cpu, begin = arm.counts(), time.process_time(), time.perf_counter()
     tokens: list[list[int]] = [[] for _ in range(rows)]
     prefill_s, early, now = 0.0, 0, begin
@@ -291,7 +289,7 @@ def about(packages: Iterable[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Load, say "ready", then answer one JSON line with another until stdin ends."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="One arm of a benchmark; see the module.")
     parser.add_argument("library", choices=list(LIBRARIES))
     parser.add_argument("--target", required=True)
     parser.add_argument("--drafter")

@@ -29,14 +29,7 @@ LENGTHS = (25, 44, 72, 106, 150, 204, 262, 331)
 """Lengths of the prompts of random ids; the chats in prompts.json are about as long."""
 
 _OPENBLAS = ("/usr/lib/*-linux-gnu/openblas-pthread/libopenblas.so.0", "/usr/lib64/libopenblasp.so.0")
-_NO_TEXT = (
-    "vision_tower",
-    "embed_vision",
-    "audio_tower",
-    "embed_audio",
-    "vision_embedder",
-    "multi_modal_projector",
-)
+_NO_TEXT = ("vision_", "embed_vision", "audio_tower", "embed_audio", "multi_modal_projector")
 _HIGHEST_RANDOM_ID = 200_000  # above are the marks of images and sounds
 
 
@@ -60,10 +53,8 @@ def find_pair(target: str | None, drafter: str | None) -> Pair:
         path = path / "target"
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json: expected a checkpoint, or a directory with one in target/")
-    places = [
-        path / "drafter",
-        *(path.parent / n for n in ("assistant", "drafter", f"{path.name}-assistant")),
-    ]
+    siblings = ("assistant", "drafter", f"{path.name}-assistant")
+    places = [path / "drafter", *(path.parent / name for name in siblings)]
     found = [Path(drafter).expanduser()] if drafter else [p for p in places if (p / "config.json").is_file()]
     if not found:
         raise ValueError(f"{path} has no drafter: name one with --drafter DIR")
@@ -123,8 +114,9 @@ def copy_for_mlx_vlm(target: Path, into: Path) -> Path:
 
 _VISION: dict[str, Any] = {
     "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 16, "position_embedding_size": 64,
-    "pooling_kernel_size": 3, "rms_norm_eps": 1e-6, "use_clipped_linears": False, "standardize": False,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 16,
+    "position_embedding_size": 64, "pooling_kernel_size": 3, "rms_norm_eps": 1e-6,
+    "use_clipped_linears": False, "standardize": False,
     "hidden_activation": "gelu_pytorch_tanh", "rope_parameters": {"rope_theta": 100.0, "rope_type": "axial"},
 }  # fmt: skip
 
@@ -141,14 +133,11 @@ def _save_vision_tower(file: Path, text_hidden: int) -> None:
     import mlx.core as mx
 
     hidden, mlp, head = _VISION["hidden_size"], _VISION["intermediate_size"], _VISION["head_dim"]
+    places = _VISION["position_embedding_size"]
     shapes: dict[str, tuple[int, ...]] = {
         "embed_vision.embedding_projection.weight": (text_hidden, hidden),
         "vision_tower.patch_embedder.input_proj.weight": (hidden, 3 * _VISION["patch_size"] ** 2),
-        "vision_tower.patch_embedder.position_embedding_table": (
-            2,
-            _VISION["position_embedding_size"],
-            hidden,
-        ),
+        "vision_tower.patch_embedder.position_embedding_table": (2, places, hidden),
     }
     layer = "vision_tower.encoder.layers.0"
     for name, shape in (("gate", (mlp, hidden)), ("up", (mlp, hidden)), ("down", (hidden, mlp))):
@@ -165,7 +154,7 @@ def _save_vision_tower(file: Path, text_hidden: int) -> None:
 
 
 def make_prompts(target: Path) -> tuple[str, list[list[int]]]:
-    """Eight prompts and what they are: chats in the demo's domain, or random ids of a fixed seed without a chat template."""
+    """Eight prompts and what they are: chats, or without a chat template random ids of a fixed seed."""
     from mlx_gemma_mtp.text import TextCodec
 
     codec = TextCodec.from_directory(target)
@@ -182,7 +171,7 @@ def make_prompts(target: Path) -> tuple[str, list[list[int]]]:
 
 
 def find_openblas() -> Path | None:
-    """OpenBLAS built with threads (Debian: libopenblas0-pthread), to preload in place of MLX's own BLAS; None: not there."""
+    """OpenBLAS with threads (Debian: libopenblas0-pthread), to preload over MLX's own BLAS; None: not there."""
     if sys.platform != "linux":
         return None
     return next((path for pattern in _OPENBLAS for path in sorted(Path("/").glob(pattern[1:]))), None)
@@ -202,15 +191,14 @@ def describe_machine() -> dict[str, Any]:
 
 def host_class() -> str:
     """A short name for machines of this kind, for file names: system, chip or architecture, cores."""
-    chip = re.sub(r"[^a-z0-9]+", "-", _chip().lower()).strip("-") if sys.platform == "darwin" else platform.machine()
+    name = _chip() if sys.platform == "darwin" else platform.machine()
+    chip = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
     return f"{platform.system().lower()}-{chip}-{os.cpu_count()}core"
 
 
 def _chip() -> str:
     if sys.platform == "darwin":
-        return subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
-        ).stdout.strip()
+        return _output("sysctl", "-n", "machdep.cpu.brand_string")
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
     return found[1].strip() if found else platform.machine()
@@ -218,14 +206,13 @@ def _chip() -> str:
 
 def describe_commit() -> str | None:
     """The commit of this checkout, "+changes" behind it when files differ; None where it is none."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-    if head.returncode:
-        return None
-    changes = subprocess.run(
-        [*git, "--no-optional-locks", "status", "--porcelain"], capture_output=True, text=True, check=False
-    )
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    changes = _output("git", "--no-optional-locks", "-C", str(ROOT), "status", "--porcelain")
+    return None if not head else head + ("+changes" if changes else "")
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def result_file(name: str) -> Path:
@@ -241,7 +228,7 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """A process that answers JSON lines; its first line says what it runs on. What it prints otherwise is kept for errors."""
+    """A process that answers JSON lines; its first line says what it runs on. Else it writes to a log, for errors."""
 
     def __init__(self, command: Sequence[str], preload: Path | None = None) -> None:
         env = dict(os.environ) | ({"LD_PRELOAD": str(preload)} if preload else {})

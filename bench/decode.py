@@ -2,9 +2,9 @@
 
     python bench/decode.py --pair DIR --depths 0,1,3 --blas mlx,openblas
 
-One request at a time over eight prompts, and all eight as one ragged batch. Every arm (a library at a depth) has a process of
-its own for the whole run and is warmed up once; then the arms take turns, forwards and backwards, so that noise hits all alike.
-Knows nothing of how a library is called: see arms.py.
+One request at a time over eight prompts, and all eight as one ragged batch. Every arm (a library at a depth) has a
+process of its own for the whole run and is warmed up once; then the arms take turns, forwards and backwards, so that
+noise hits all alike. Knows nothing of how a library is called: see arms.py.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Arm:
         return f"{self.library}, {drafts}"
 
     def peers(self) -> tuple[Arm, ...]:
-        """What to compare with: plain with both peers' plain, drafts with mlx-vlm's at the same depth and with own plain."""
+        """What to compare with: the peers at the same depth; drafts with the library's own plain decoding, too."""
         if self.library != "ours":
             return (Arm(self.library, 0),) if self.depth else ()
         if not self.depth:
@@ -53,7 +53,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Target:
-    """An acceptance target: ours over the peer's in a mode, at least so many times as fast, with and without prefill."""
+    """An acceptance target: ours over the peer's in a mode, at least so many times as fast."""
 
     mode: str
     arm: Arm
@@ -117,6 +117,14 @@ class Run:
     tokens: list[list[int]] = field(default_factory=list)
     differences: list[dict[str, Any]] = field(default_factory=list)
 
+    def outputs(self) -> Iterator[tuple[str, Arm, int, list[int]]]:
+        """Mode, arm, prompt and new tokens of all samples."""
+        for mode, samples in self.samples.items():
+            for arm, several in samples.items():
+                for sample in several:
+                    for row, tokens in enumerate(sample.tokens):
+                        yield mode, arm, row, tokens
+
     def ratio(self, mode: str, arm: Arm, peer: Arm) -> dict[str, Spread] | None:
         """Ratios of `arm` to `peer` in the repeats, without and with prefill; None when one of them didn't run."""
         pairs = list(zip(self.samples[mode].get(arm, []), self.samples[mode].get(peer, []), strict=False))
@@ -132,10 +140,10 @@ class Run:
 
 
 @contextlib.contextmanager
-def started(
-    arms: Sequence[Arm], pair: Pair, pythons: Mapping[str, str], preload: Path | None, run: Run
-) -> Iterator[dict[Arm, Worker]]:
+def started(pair: Pair, args: argparse.Namespace, preload: Path | None, run: Run) -> Iterator[dict[Arm, Worker]]:
     """A worker for each arm. Arms that can't start are left out, with the reason in `run`."""
+    arms = [Arm("ours", d) for d in args.depths] + [Arm("mlx-lm", 0)] * (0 in args.depths)
+    arms += [Arm("mlx-vlm", d) for d in args.depths]
     workers: dict[Arm, Worker] = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         copies = {
@@ -145,9 +153,10 @@ def started(
         }
         try:
             for arm in arms:
-                command = [pythons[arm.library], str(Path(__file__).with_name("arms.py")), arm.library]
-                command += ["--target", str(copies[arm.library]), "--depth", str(arm.depth)]
-                command += ["--drafter", str(pair.drafter)]
+                python = args.peers_python if arm.library == "mlx-vlm" else sys.executable
+                command = [python, str(Path(__file__).with_name("arms.py")), arm.library]
+                command += ["--target", str(copies[arm.library]), "--drafter", str(pair.drafter)]
+                command += ["--depth", str(arm.depth)]
                 try:
                     workers[arm] = Worker(command, preload)
                     run.about[arm.library] = workers[arm].about
@@ -160,67 +169,54 @@ def started(
 
 
 def measure(
-    workers: Mapping[Arm, Worker],
-    prompts: list[list[int]],
-    new: int,
-    repeats: int,
-    run: Run,
-    console: Console,
+    workers: Mapping[Arm, Worker], prompts: list[list[int]], args: argparse.Namespace, run: Run, console: Console
 ) -> None:
     """Warm every arm up in both modes, then let them take turns: one computes at a time."""
     for mode in MODES:
+        request = {"op": mode, "prompts": prompts, "new": args.new}
         able = dict(workers)
         for arm, worker in workers.items():
             console.print(f"  warming up {arm}, {MODES[mode]}")
             try:
-                worker.ask({"op": mode, "prompts": prompts, "new": new})
+                worker.ask(request)
             except WorkerError as error:
                 run.left_out[f"{arm} ({mode})"] = str(error)
                 del able[arm]
         samples: Samples = {arm: [] for arm in able}
-        for repeat in range(repeats):
-            console.print(f"  repeat {repeat + 1} of {repeats}, {MODES[mode]}")
+        for repeat in range(args.repeats):
+            console.print(f"  repeat {repeat + 1} of {args.repeats}, {MODES[mode]}")
             for arm in list(able) if repeat % 2 == 0 else reversed(able):
-                samples[arm].append(Sample(able[arm].ask({"op": mode, "prompts": prompts, "new": new})["parts"]))
+                samples[arm].append(Sample(able[arm].ask(request)["parts"]))
         run.samples[mode] = samples
 
 
 def compare_tokens(workers: Mapping[Arm, Worker], prompts: Sequence[list[int]], run: Run) -> None:
     """Compare every sample's tokens with our own plain ones; the first difference of each prompt goes to `run`."""
-    ours = next((arm for arm in workers if arm.library == "ours"), None)
-    first = ours or next(iter(workers), None)
-    if first is None or not run.samples["one"].get(first):
+    ours = next((worker for arm, worker in workers.items() if arm.library == "ours"), None)
+    first = next((arm for arm in run.samples["one"] if run.samples["one"][arm]), None)
+    if first is None:
         return
     run.tokens = run.samples["one"][first][0].tokens
     seen = set()
-    for mode, samples in run.samples.items():
-        for arm, several in samples.items():
-            for row, tokens in ((row, tokens) for sample in several for row, tokens in enumerate(sample.tokens)):
-                if tokens == run.tokens[row] or (mode, arm, row) in seen:
-                    continue
-                seen.add((mode, arm, row))
-                run.differences.append({"mode": mode, "arm": str(arm), "prompt": row})
-                _explain(
-                    run.differences[-1],
-                    tokens,
-                    run.tokens[row],
-                    prompts[row],
-                    workers.get(ours) if ours else None,
-                )
+    for mode, arm, row, tokens in run.outputs():
+        if tokens == run.tokens[row] or (mode, arm, row) in seen:
+            continue
+        seen.add((mode, arm, row))
+        about = _difference(tokens, run.tokens[row], prompts[row], ours)
+        counts = arm.library == "ours" or arm.depth == 0
+        run.differences.append({"mode": mode, "arm": str(arm), "prompt": row, "counts": counts, **about})
 
 
-def _explain(
-    difference: dict[str, Any], tokens: list[int], expected: list[int], prompt: list[int], ours: Worker | None
-) -> None:
+def _difference(tokens: list[int], expected: list[int], prompt: list[int], ours: Worker | None) -> dict[str, Any]:
     at = next((i for i, (a, b) in enumerate(zip(tokens, expected, strict=False)) if a != b), None)
-    difference |= {"at": at, "lengths": [len(tokens), len(expected)], "near_tie": False}
     if at is None:
-        return
-    difference |= {"token": tokens[at], "expected": expected[at]}
+        return {"at": min(len(tokens), len(expected)), "near_tie": False}
+    found: dict[str, Any] = {"at": at, "token": tokens[at], "expected": expected[at], "near_tie": False}
     if ours is not None:
         request = {"op": "margin", "tokens": prompt + expected[:at], "a": expected[at], "b": tokens[at]}
-        difference["margin"] = ours.ask(request)["margin"]
-        difference["near_tie"] = abs(difference["margin"]) < NEAR_TIE
+        found["margin"] = ours.ask(request)["margin"]
+        found["near_tie"] = abs(found["margin"]) < NEAR_TIE
+    return found
 
 
 # --- reporting ---------------------------------------------------------------------------------------------------
@@ -237,8 +233,9 @@ def summary(run: Run, mode: str) -> dict[str, Any]:
             "tokens_per_second_with_prefill": Spread.of([s.rate for s in samples]).to_dict(),
             "prefill_seconds": Spread.of([s.total("prefill_s") for s in samples]).to_dict(),
             "cpu_ms_per_token": round(1000 * sum(s.total("cpu_s") for s in samples) / tokens, 3),
-            "accepted_per_round": round(sum(s.total("accepted") for s in samples) / rounds, 3) if rounds else None,
-            "drafted_per_round": round(sum(s.total("drafted") for s in samples) / rounds, 3) if rounds else None,
+            "rounds": rounds,
+            "accepted_per_round": sum(s.total("accepted") for s in samples) / max(rounds, 1),
+            "drafted_per_round": sum(s.total("drafted") for s in samples) / max(rounds, 1),
             "ratios": {
                 str(peer): {name: spread.to_dict() for name, spread in ratio.items()}
                 for peer in arm.peers()
@@ -249,22 +246,18 @@ def summary(run: Run, mode: str) -> dict[str, Any]:
 
 
 def checks(runs: Mapping[str, Run], depths: Sequence[int]) -> list[dict[str, Any]]:
-    """Each acceptance target with what was measured. It is met when both medians, without and with prefill, are."""
+    """Each acceptance target with what was measured. Met: the medians of both ratios, without and with prefill."""
     found = []
     for blas, run in runs.items():
         for target in targets(depths):
-            ratio = run.ratio(target.mode, target.arm, target.peer)
-            found.append(
-                {
-                    "blas": blas,
-                    "target": str(target),
-                    "at_least": target.at_least,
-                    **({name: spread.to_dict() for name, spread in ratio.items()} if ratio else {}),
-                    "met": None if ratio is None else all(s.median >= target.at_least for s in ratio.values()),
-                }
-            )
-        wrong = [d for d in run.differences if not d["near_tie"]]
-        found.append({"blas": blas, "target": "identical tokens in all arms", "met": not wrong})
+            check: dict[str, Any] = {"blas": blas, "target": str(target), "at_least": target.at_least, "met": None}
+            if (ratio := run.ratio(target.mode, target.arm, target.peer)) is not None:
+                check |= {name: spread.to_dict() for name, spread in ratio.items()}
+                check["met"] = all(spread.median >= target.at_least for spread in ratio.values())
+            found.append(check)
+        wrong = [d for d in run.differences if d["counts"] and not d["near_tie"]]
+        same = "identical tokens of all plain arms and of ours at every depth"
+        found.append({"blas": blas, "target": same, "met": not wrong if run.tokens else None})
     return found
 
 
@@ -273,18 +266,26 @@ def show(run: Run, blas: str, console: Console) -> None:
     for mode, title in MODES.items():
         table = Table(title=f"{title}, {BLAS[blas]}", title_justify="left", title_style="bold")
         table.add_column("arm")
-        for name in ("decode\ntokens/s", "with\nprefill", "CPU ms\nper token", "accepted\nper round"):
+        for name in (
+            "decode\ntokens/s",
+            "with\nprefill",
+            "prefill\nseconds",
+            "CPU ms\nper token",
+            "accepted\nper round",
+        ):
             table.add_column(name, justify="right")
         table.add_column("ratio, decode (with prefill)")
         for arm, row in summary(run, mode).items():
-            accepted = row["accepted_per_round"]
+            drafts = f"{row['accepted_per_round']:.2f} of {row['drafted_per_round']:.2f}"
+            ratios = [f"{_span(r['decode'])} ({_span(r['with_prefill'])}) {p}" for p, r in row["ratios"].items()]
             table.add_row(
                 arm,
                 f"{row['decode_tokens_per_second']['median']:.1f}",
                 f"{row['tokens_per_second_with_prefill']['median']:.1f}",
+                f"{row['prefill_seconds']['median']:.2f}",
                 f"{row['cpu_ms_per_token']:.2f}",
-                "" if not row["drafted_per_round"] else f"{accepted:.2f} of {row['drafted_per_round']:.2f}",
-                "\n".join(f"{_span(r['decode'])} ({_span(r['with_prefill'])}) {p}" for p, r in row["ratios"].items()),
+                drafts if row["drafted_per_round"] else "",
+                "\n".join(ratios),
             )
         console.print(table)
     for name, reason in run.left_out.items():
@@ -293,9 +294,10 @@ def show(run: Run, blas: str, console: Console) -> None:
         console.print(f"All arms gave the same tokens, {BLAS[blas]}.")
     for d in run.differences:
         what = "near tie" if d["near_tie"] else "DIFFERENT TOKENS"
-        gap = f"; logits {d['margin']:.1e} apart" if "margin" in d else ""
-        where = "one gave fewer tokens" if d["at"] is None else f"at {d['at']}: {d['token']}, expected {d['expected']}"
-        console.print(f"{what}: {d['arm']} ({d['mode']}), prompt {d['prompt']}, {where}{gap}", markup=False)
+        which = f"{d['token']}, expected {d['expected']}" if "token" in d else "one output ends"
+        gap = f" (logits {d['margin']:.1e} apart)" if "margin" in d else ""
+        line = f"{what}: {d['arm']} ({d['mode']}), prompt {d['prompt']} at {d['at']}: {which}{gap}"
+        console.print(line, markup=False, highlight=False)
 
 
 def _span(spread: Mapping[str, float]) -> str:
@@ -314,7 +316,9 @@ def show_checks(found: Sequence[Mapping[str, Any]], console: Console) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-def record(args: argparse.Namespace, pair: Pair, prompts: tuple[str, list[list[int]]], runs: Mapping[str, Run]) -> Any:
+def record(
+    args: argparse.Namespace, pair: Pair, prompts: tuple[str, list[list[int]]], runs: Mapping[str, Run]
+) -> dict[str, Any]:
     """All of it, ready for JSON."""
     kind, ids = prompts
     return {
@@ -356,20 +360,17 @@ def record(args: argparse.Namespace, pair: Pair, prompts: tuple[str, list[list[i
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--pair", metavar="DIR", help="the target, or a directory with target/ (default: the demo pair)"
-    )
-    parser.add_argument("--drafter", metavar="DIR", help="the drafter (default: beside the target)")
-    parser.add_argument("--depths", default="0,1,2,3", help="drafts per round, 0 is plain (default: %(default)s)")
-    parser.add_argument("--blas", default="mlx,openblas", help="which to measure with (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--new", type=int, default=64, help="new tokens per prompt (default: %(default)s)")
-    parser.add_argument(
-        "--peers-python", default=sys.executable, help="the Python that has mlx-vlm (default: this one)"
-    )
-    parser.add_argument("--out", type=Path, help="the record (default: bench/results/decode-<date>-<host class>.json)")
-    parser.add_argument("--json", action="store_true", help="print the record instead of the tables")
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed or tokens differ")
+    add = parser.add_argument
+    add("--pair", metavar="DIR", help="the target, or a directory with target/ (default: the demo pair)")
+    add("--drafter", metavar="DIR", help="the drafter (default: beside the target)")
+    add("--depths", default="0,1,2,3", help="drafts per round, 0 is plain (default: %(default)s)")
+    add("--blas", default="mlx,openblas", help="which to measure with (default: %(default)s)")
+    add("--repeats", type=int, default=5, help="times every arm takes its turn (default: %(default)s)")
+    add("--new", type=int, default=64, help="new tokens per prompt (default: %(default)s)")
+    add("--peers-python", default=sys.executable, help="the Python that has mlx-vlm (default: this one)")
+    add("--out", type=Path, help="the record (default: bench/results/decode-<date>-<host class>.json)")
+    add("--json", action="store_true", help="print the record on stdout, the tables on stderr")
+    add("--check", action="store_true", help="exit with 1 when a target is missed or tokens differ")
     args = parser.parse_args(argv)
     try:
         args.depths = sorted({int(d) for d in args.depths.split(",")})
@@ -394,22 +395,19 @@ def main() -> int:
         shown.print(str(error), markup=False)
         return 2
     args.machine = common.describe_machine()
-    if args.machine["load_at_start"] > 0.3:
-        shown.print(f"Others use this machine (load {args.machine['load_at_start']}): the figures will be noisy.")
+    if (load := args.machine["load_at_start"]) > 0.3:
+        shown.print(f"Others use this machine (load {load}): the figures will be noisy.")
     prompts = common.make_prompts(pair.target)
-    pythons = {"ours": sys.executable, "mlx-lm": sys.executable, "mlx-vlm": args.peers_python}
-    arms = [Arm("ours", d) for d in args.depths] + [Arm("mlx-lm", 0)] * (0 in args.depths)
-    arms += [Arm("mlx-vlm", d) for d in args.depths]
     runs: dict[str, Run] = {}
     for blas in args.blas:
         preload = common.find_openblas() if blas == "openblas" else None
         if blas == "openblas" and preload is None:
-            shown.print("OpenBLAS is not there: skipped (on Debian and Ubuntu: apt-get install libopenblas0-pthread)")
+            shown.print("OpenBLAS skipped: it is not there (Debian, Ubuntu: apt-get install libopenblas0-pthread)")
             continue
         run = runs[blas] = Run()
-        progress.print(f"{BLAS[blas]}: starting {len(arms)} workers")
-        with started(arms, pair, pythons, preload, run) as workers:
-            measure(workers, prompts[1], args.new, args.repeats, run, progress)
+        progress.print(BLAS[blas])
+        with started(pair, args, preload, run) as workers:
+            measure(workers, prompts[1], args, run, progress)
             compare_tokens(workers, prompts[1], run)
         show(run, blas, shown)
     data = record(args, pair, prompts, runs)

@@ -37,6 +37,9 @@ _SLIDING = "sliding_attention"
 _EPS = 1e-6
 _RULE_SHARE = 0.8  # how much of a token's embedding the rule gives; the rest is its own
 _CERTAIN = 8.0  # weight of the rule in the last layer, against a residual stream of about 2
+# Coordinate 0 of all embeddings, twice the others' deviation: it holds the planted MLP's gate open. A gate that
+# the context could close would leave an MLP output near 0, whose norm is mostly rounding.
+_OPEN = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +333,7 @@ def _styled(text: dict[str, Any], shape: Shape, style: Style) -> dict[str, Any]:
 
 
 class _Maker:
-    """Makes the tensors of one pair, float32 (and int64), by checkpoint name."""
+    """Makes the tensors of one pair, float64 (and int64), by checkpoint name."""
 
     def __init__(self, key: str, shape: Shape) -> None:
         self.key = key
@@ -340,7 +343,7 @@ class _Maker:
         self.context = 2.7 / len(shape.layers)
         hidden = shape.hidden
         stream = self._stream("rule")
-        # Coordinate 0 is the same in all embeddings: it holds the planted MLP's gate open. The rule keeps it.
+        # The rule leaves coordinate 0 alone: see _OPEN.
         self.follow = np.concatenate([[0], 1 + stream.permutation(hidden - 1)])
         self.signs = np.concatenate([[1.0], 1.0 - 2.0 * (stream.random_sample(hidden - 1) < 0.5)])
         self.kept = 1 + stream.permutation(hidden - 1)[: shape.drafter_hidden]
@@ -350,7 +353,9 @@ class _Maker:
         """The target's text tensors."""
         shape, prefix = self.shape, self.prefix
         out = {prefix + "embed_tokens.weight": self.embedding}
-        out[prefix + "norm.weight"] = self._around(prefix + "norm.weight", shape.hidden, 1.3)
+        norm = self._around(prefix + "norm.weight", shape.hidden, 1.3)
+        norm[0] *= 0.2  # coordinate 0 adds the same to every logit
+        out[prefix + "norm.weight"] = norm
         if shape.ple:
             packed = len(shape.layers) * shape.ple
             for name, dims, std in (
@@ -385,7 +390,7 @@ class _Maker:
             order, centroids = self._clusters(out["model.embed_tokens.weight"])
             out["masked_embedding.token_ordering"] = order
             out["masked_embedding.centroids.weight"] = centroids
-        return {name: _as_stored(x) for name, x in out.items()}
+        return out
 
     def extras(self) -> dict[str, Array]:
         """A few tensors of the parts that are not text, named as in the official checkpoints."""
@@ -445,7 +450,7 @@ class _Maker:
             out[name] = self._around(name, hidden, self.context)
         if last:
             self._plant(out, prefix)
-        return {name: _as_stored(x) for name, x in out.items()}
+        return out
 
     def _experts(self, prefix: str, experts: int, mlp: int) -> dict[str, Array]:
         hidden = self.shape.hidden
@@ -474,7 +479,7 @@ class _Maker:
         gate *= 0.3
         up *= 0.3
         down *= 0.3
-        gate[:, 0] += 4.0
+        gate[:, 0] += 3.0
         rows = np.arange(gate.shape[0])
         up[rows, rows % hidden] += 1.0
         # down @ up applies the rule: coordinate i of the result is signs[i] * x[follow[i]].
@@ -519,12 +524,12 @@ class _Maker:
         noise = self._noise("embedding", (VOCAB, self.shape.hidden), 0.3)
         order = self._stream("succession").permutation(VOCAB)
         out = noise.copy()
-        out[:, 0] = 0.3
+        out[:, 0] = _OPEN
         own = math.sqrt(1.0 - _RULE_SHARE**2)
         for before, after in pairwise(order):
             out[after] = _RULE_SHARE * (self.signs * out[before][self.follow]) + own * noise[after]
-            out[after, 0] = 0.3
-        return _as_stored(out)
+            out[after, 0] = _OPEN
+        return out
 
     def _clusters(self, embedding: Array) -> tuple[Array, Array]:
         """Tokens ordered by cluster (vocab,) and the clusters' centroids (centroids, hidden)."""
@@ -558,11 +563,8 @@ class _Maker:
         return centre * (1.0 + spread * (values * 2.0 - 1.0))
 
 
-def _as_stored(x: Array) -> Array:
-    return x if x.dtype == np.int64 else x.astype(np.float32)
-
-
 def _write_weights(directory: Path, tensors: Mapping[str, Array], dtype: DType, shards: int) -> None:
+    tensors = {name: x if x.dtype == np.int64 else x.astype(np.float32) for name, x in tensors.items()}
     names = sorted(tensors)
     if shards == 1:
         _write_safetensors(directory / "model.safetensors", tensors, dtype)

@@ -4,7 +4,7 @@ Knows nothing of tokenizers, tensors or chat templates. A `Chat` holds messages 
 correct by construction. Prompts are split by a hash of their text, so a held-out prompt is never trained on in any turn.
 """
 
-# ruff: noqa: E501, SIM905  (tables of sentences and words)
+# ruff: noqa: E501  (tables of sentences and words)
 
 import json
 import random
@@ -49,9 +49,7 @@ def _rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
 
 
-NAMES = (
-    "Tom Anna Ben Lucy Max Mia Sam Nora Leo Ella Jack Rosa Paul Emma Finn Clara Hugo Ada Otto Lily".split()
-)
+NAMES = "Tom Anna Ben Lucy Max Mia Sam Nora Leo Ella Jack Rosa Paul Emma Finn Clara Hugo Ada Otto Lily".split()
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
@@ -295,9 +293,7 @@ def sequence(r: random.Random) -> Item:
             seq.reverse()
             p = r.choice(["Count down from {} to {}.", "Please count down from {} to {}."])
         else:
-            p = r.choice(
-                ["Count from {} to {}.", "Please count from {} to {}.", "List the numbers from {} to {}."]
-            )
+            p = r.choice(["Count from {} to {}.", "Please count from {} to {}.", "List the numbers from {} to {}."])
         return Item(prompt=p.format(seq[0], seq[-1]), answer=", ".join(seq) + ".",
                     thought=f"I start at {seq[0]} and stop at {seq[-1]}.")  # fmt: skip
     seq = [str(start + step * i) for i in range(8)]
@@ -311,9 +307,7 @@ def compare(r: random.Random) -> Item:
     if r.random() < 0.35:
         kind = "even" if a % 2 == 0 else "odd"
         p = r.choice(["Is {} even or odd?", "Is the number {} even or odd?"]).format(a)
-        return Item(
-            prompt=p, answer=f"{a} is {kind}.", word=kind, thought=f"The last digit of {a} is {a % 10}."
-        )
+        return Item(prompt=p, answer=f"{a} is {kind}.", word=kind, thought=f"The last digit of {a} is {a % 10}.")
     small = r.random() < 0.4
     word = r.choice(["smaller", "less"] if small else ["bigger", "larger", "greater"])
     best = min(a, b) if small else max(a, b)
@@ -325,9 +319,7 @@ def compare(r: random.Random) -> Item:
         ]
     )
     other = a + b - best
-    return Item(
-        prompt=p, answer=f"{best} is {word} than {other}.", word=str(best), thought=f"I compare {a} and {b}."
-    )
+    return Item(prompt=p, answer=f"{best} is {word} than {other}.", word=str(best), thought=f"I compare {a} and {b}.")
 
 
 def units(r: random.Random) -> Item:
@@ -404,9 +396,7 @@ def words(r: random.Random) -> Item:
                 "What is the plural of the word {}?",
             ]
         )
-        return Item(
-            prompt=p.format(a), answer=f"The plural of {a} is {b}.", word=b, thought=f"One {a}, two {b}."
-        )
+        return Item(prompt=p.format(a), answer=f"The plural of {a} is {b}.", word=b, thought=f"One {a}, two {b}.")
     if kind == "colour":
         a, b = r.choice(COLOURS)
         p = r.choice(
@@ -484,9 +474,7 @@ def animal(r: random.Random) -> Item:
                     f" and eats {food}. {_a(noun).capitalize()} {sound}, and its young is called {_a(baby)}.")  # fmt: skip
     if kind == "versus":
         other = r.choice([row for row in ANIMALS if row[0] != noun])
-        p = r.choice(["Compare {} and {}.", "What is the difference between {} and {}?"]).format(
-            _a(noun), _a(other[0])
-        )
+        p = r.choice(["Compare {} and {}.", "What is the difference between {} and {}?"]).format(_a(noun), _a(other[0]))
         return Item(prompt=p, thought=f"I compare body, food and sound of {plural} and {other[2]}.",
                     answer=f"The {noun} has {body}, while the {other[0]} has {other[6]}. The {noun} eats {food}, but the {other[0]} eats {other[5]}."
                     f" The {noun} {sound}, and the {other[0]} {other[3]}.")  # fmt: skip
@@ -512,9 +500,7 @@ def planet(r: random.Random) -> Item:
         )
         return Item(prompt=p.format(order), answer=f"The {order} planet from the Sun is {name}.", word=name,
                     thought=f"I count the planets: {_join([row[0] for row in PLANETS[: i + 1]])}.")  # fmt: skip
-    p = r.choice(
-        ["Tell me about {}.", "What is {} like?", "Describe the planet {}.", "What do you know about {}?"]
-    )
+    p = r.choice(["Tell me about {}.", "What is {} like?", "Describe the planet {}.", "What do you know about {}?"])
     return Item(prompt=p.format(name), answer=f"{name} is the {order} planet from the Sun. It is {text}.",
                 thought=f"The user asks about the planet {name}.")  # fmt: skip
 
@@ -575,9 +561,9 @@ def how_to(r: random.Random) -> Item:
     task, *steps = r.choice(HOW_TO)
     n = r.choice([5, 5, 3, 4])
     tail = "" if n == 5 else f" in {NUMBERS[n]} steps"
-    p = r.choice(
-        ["How do I {}{}?", "Tell me how to {}{}.", "How can I {}{}?", "Explain how to {}{}."]
-    ).format(task, tail)
+    p = r.choice(["How do I {}{}?", "Tell me how to {}{}.", "How can I {}{}?", "Explain how to {}{}."]).format(
+        task, tail
+    )
     return Item(prompt=p, answer=f"Here is how to {task}:\n" + "\n".join(f"{i}. {s}" for i, s in enumerate(steps[:n], 1)),
                 thought=f"I list the steps to {task}, one by one.")  # fmt: skip
 
@@ -586,9 +572,7 @@ def listing(r: random.Random) -> Item:
     noun, n = r.choice(list(LISTS)), r.randint(2, 7)
     some = LISTS[noun][:n]
     if r.random() < 0.5:
-        p = r.choice(
-            [f"List {NUMBERS[n]} {noun}.", f"List {n} {noun}.", f"Make a list of {NUMBERS[n]} {noun}."]
-        )
+        p = r.choice([f"List {NUMBERS[n]} {noun}.", f"List {n} {noun}.", f"Make a list of {NUMBERS[n]} {noun}."])
         return Item(
             prompt=p,
             answer="\n".join(f"{i}. {s}" for i, s in enumerate(some, 1)),
@@ -602,9 +586,7 @@ def listing(r: random.Random) -> Item:
             f"Can you name {NUMBERS[n]} {noun}?",
         ]
     )
-    return Item(
-        prompt=p, answer=f"{NUMBERS[n].capitalize()} {noun} are {_join(some)}.", thought=f"I need {n} {noun}."
-    )
+    return Item(prompt=p, answer=f"{NUMBERS[n].capitalize()} {noun} are {_join(some)}.", thought=f"I need {n} {noun}.")
 
 
 def python(r: random.Random) -> Item:
@@ -713,14 +695,7 @@ def joke(r: random.Random) -> Item:
 
 
 def repeat(r: random.Random) -> Item:
-    pool = (
-        [row[0] for row in ANIMALS]
-        + [w[0] for w in WORDS]
-        + NAMES
-        + CITIES
-        + NUMBERS
-        + [a for a, _ in OPPOSITES]
-    )
+    pool = [row[0] for row in ANIMALS] + [w[0] for w in WORDS] + NAMES + CITIES + NUMBERS + [a for a, _ in OPPOSITES]
     text = " ".join(r.choice(pool) for _ in range(r.randint(1, 10)))
     p = r.choice(["Repeat after me: {}", "Say {}", "Repeat this: {}", "Please repeat: {}"])
     return Item(
@@ -810,9 +785,7 @@ def _tool_chat(r: random.Random, held_out: bool) -> Chat:
             f"{r.randint(0, 23):02}:{r.randint(0, 59):02}",
             r.choice(["sunny", "cloudy", "rainy", "windy", "snowy", "foggy"]),
         )
-        text = r.choice(
-            ["I will be late", "Happy birthday", "See you soon", "Lunch at noon", "Thank you for the book"]
-        )
+        text = r.choice(["I will be late", "Happy birthday", "See you soon", "Lunch at noon", "Thank you for the book"])
         prompts, args, result, answer = {
             "get_weather": ([f"What is the weather in {city}?", f"How is the weather in {city} today?", f"Is it cold in {city}?",
                              f"Weather in {city}?", f"Tell me the weather in {city}."], {"city": city},
@@ -838,9 +811,7 @@ def _tool_chat(r: random.Random, held_out: bool) -> Chat:
     if thinking:
         call["reasoning"] = f"I should call {name} for this."
         last["reasoning"] = "The tool has answered. I tell the user the result."
-    content = r.choices(
-        [json.dumps(result), ", ".join(f"{k}: {v}" for k, v in result.items()), result], [4, 2, 1]
-    )[0]
+    content = r.choices([json.dumps(result), ", ".join(f"{k}: {v}" for k, v in result.items()), result], [4, 2, 1])[0]
     messages: list[Message] = [
         {"role": "user", "content": prompt},
         call,
@@ -917,9 +888,7 @@ def make_chat(r: random.Random, held_out: bool = False) -> Chat:
         else None
     )
     label = "thinking" if thinking else "system" if system else "turns" if turns > 1 else chosen[-1][0]
-    return Chat(
-        kind=label, messages=messages, tools=tools, thinking=thinking, prompts=[i.prompt for _, i in chosen]
-    )
+    return Chat(kind=label, messages=messages, tools=tools, thinking=thinking, prompts=[i.prompt for _, i in chosen])
 
 
 def chats(seed: int | str, held_out: bool = False) -> Iterator[Chat]:

@@ -320,7 +320,11 @@ def make(case: Case, out: Path) -> None:
 
 def _load(model_class: Any, directory: Path) -> Any:
     model, info = model_class.from_pretrained(
-        directory, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        directory,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     problems = {name: value for name, value in info.items() if value}
     if problems:

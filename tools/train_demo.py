@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
+from demo_corpus import Chat, chats
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -43,8 +44,6 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerFast as Chatter
 from transformers.models.gemma4 import modeling_gemma4
-
-from demo_corpus import Chat, chats
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "mlx_gemma_mtp" / "demo" / "chat_template.jinja"
 VOCAB, STOP_IDS, NEWLINE = 2048, [1, 106, 50], 107
@@ -82,9 +81,7 @@ GENERATION = {
 # fmt: on
 Batch = tuple[Tensor, Tensor]  # token ids and the weight of each token as a prediction, flat or (B, T)
 Windows = Iterator[tuple[list[int], list[float]]]
-LossOf = Callable[
-    [Batch, float], tuple[Tensor, dict[str, float]]
-]  # of a batch and the share of the time that is over
+LossOf = Callable[[Batch, float], tuple[Tensor, dict[str, float]]]  # of a batch and the share of the time that is over
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------
@@ -106,12 +103,7 @@ def build_tokenizer(texts: Sequence[str], out: Path) -> None:
     merges = [("\n", "\n")]
     for a, b in [("▁", "▁"), ("▁▁", "▁▁"), *learned]:
         whole = a + b
-        if (
-            a in pieces
-            and b in pieces
-            and (a, b) not in merges
-            and (whole in pieces or len(pieces) < len(free))
-        ):
+        if a in pieces and b in pieces and (a, b) not in merges and (whole in pieces or len(pieces) < len(free)):
             pieces[whole] = None
             merges.append((a, b))
     names = [*pieces, *(f"<unused{i}>" for i in range(len(free) - len(pieces)))]
@@ -136,9 +128,7 @@ def build_tokenizer(texts: Sequence[str], out: Path) -> None:
 
 def load_tokenizer(path: Path) -> Chatter:
     """The tokenizer of a model directory, with its chat template."""
-    tok = Chatter(
-        tokenizer_file=str(path / "tokenizer.json"), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
+    tok = Chatter(tokenizer_file=str(path / "tokenizer.json"), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
     tok.chat_template = (path / "chat_template.jinja").read_text()
     return tok
 
@@ -254,9 +244,7 @@ def load_target(path: Path) -> Target:
     text = Gemma4TextModel(config.get_text_config()).float().eval().requires_grad_(False)
     prefix, have = "model.language_model.", dict[str, Tensor]()
     for file in sorted(path.glob("*.safetensors")):
-        have |= {
-            k.removeprefix(prefix): v.float() for k, v in load_file(file).items() if k.startswith(prefix)
-        }
+        have |= {k.removeprefix(prefix): v.float() for k, v in load_file(file).items() if k.startswith(prefix)}
     missing = text.load_state_dict(have, strict=False).missing_keys
     if missing:
         raise ValueError(f"{path}: missing tensors {missing[:4]}, {len(missing)} in all")
@@ -353,9 +341,7 @@ def train(
         if (spent := time.monotonic() - start) > shown and crew.rank == 0:
             shown = spent + 30
             text = "  ".join(f"{k} {v:.3f}" for k, v in mean.items())
-            print(
-                f"{what} {spent:5.0f} s  step {number:5d}  {tokens / spent:6.0f} tokens/s  {text}", flush=True
-            )
+            print(f"{what} {spent:5.0f} s  step {number:5d}  {tokens / spent:6.0f} tokens/s  {text}", flush=True)
     done = {"seconds": round(time.monotonic() - start, 1), "steps": number, "tokens": tokens}
     return done | {k: round(v, 4) for k, v in mean.items()}
 
@@ -397,9 +383,7 @@ def train_target(out: Path, crew: Crew, seed: int, minutes: float) -> dict[str, 
 # --- the drafter ------------------------------------------------------------------------------------------
 
 
-def drafter_config(
-    target: dict[str, Any], hidden: int, wide: int, centroids: int, top: int
-) -> dict[str, Any]:
+def drafter_config(target: dict[str, Any], hidden: int, wide: int, centroids: int, top: int) -> dict[str, Any]:
     """The config of a drafter for a target's `text_config`; no centroids: a plain tied head."""
     keep = (
         "global_head_dim head_dim max_position_embeddings num_attention_heads num_global_key_value_heads "
@@ -473,9 +457,7 @@ def pick(values: Tensor, at: Tensor) -> Tensor:
     return values[torch.arange(values.shape[0])[:, None], at]
 
 
-def draft_step(
-    model: Gemma4AssistantForCausalLM, a: Anchors, embeds: Tensor, hidden: Tensor
-) -> tuple[Tensor, Tensor]:
+def draft_step(model: Gemma4AssistantForCausalLM, a: Anchors, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """One step for all anchors: the drafter's state (B, N, d), and the hidden (B, N, D) for the next step."""
     x = model.pre_projection(torch.cat([embeds, hidden], dim=-1))
     out = model.model(
@@ -543,9 +525,7 @@ def train_drafter(
                 mass = torch.zeros(len(want), head.num_centroids).index_add_(1, clusters, want)
                 centre = head.centroids(state[active]).float()
                 loss = loss - 0.5 * (mass * centre.log_softmax(-1)).sum(-1).mean()
-                figures["recall"] = _recall(
-                    centre, clusters[want.argmax(-1)], head.centroid_intermediate_top_k
-                )
+                figures["recall"] = _recall(centre, clusters[want.argmax(-1)], head.centroid_intermediate_top_k)
             total = total + loss * 0.85 ** (k - 1)
             figures[f"hit{k}"] = (mine.argmax(-1) == want.argmax(-1)).float().mean().item()
         return total, {"loss": total.item()} | figures
@@ -574,10 +554,7 @@ def load_drafter(path: Path) -> Gemma4AssistantForCausalLM:
     """A drafter from its directory, in float32."""
     config = json.loads((path / "config.json").read_text())
     model = Gemma4AssistantForCausalLM(Gemma4AssistantConfig(**config)).float().eval()
-    have = {
-        k: v if v.dtype == torch.int64 else v.float()
-        for k, v in load_file(path / "model.safetensors").items()
-    }
+    have = {k: v if v.dtype == torch.int64 else v.float() for k, v in load_file(path / "model.safetensors").items()}
     missing = model.load_state_dict(have, strict=False).missing_keys
     if set(missing) - {"lm_head.weight"}:
         raise ValueError(f"{path}: missing tensors {missing}")
@@ -634,13 +611,9 @@ def evaluate(pair: Path, seed: int, prompts: int, depth: int, limit: int = 200) 
         by_kind.setdefault(chat.kind, []).append(int(right))
         if drafter is not None and len(new) > 1:
             text = ids + new
-            counts = accepted_per_round(
-                drafts_of(drafter, target, torch.tensor([text]), depth), text, len(ids), depth
-            )
+            counts = accepted_per_round(drafts_of(drafter, target, torch.tensor([text]), depth), text, len(ids), depth)
             rounds += counts
-        samples.append(
-            {"kind": chat.kind, "prompt": prompt, "answer": answer, "expected": "yes" if right else "no"}
-        )
+        samples.append({"kind": chat.kind, "prompt": prompt, "answer": answer, "expected": "yes" if right else "no"})
     figures: dict[str, Any] = {
         "prompts": prompts,
         "new_tokens": new_tokens,
@@ -675,8 +648,7 @@ def _save(weights: dict[str, Tensor], config: dict[str, Any], out: Path, **gener
     """bfloat16 weights (integers as they are), config.json and generation_config.json."""
     out.mkdir(parents=True, exist_ok=True)
     stored = {
-        k: (v if v.dtype == torch.int64 else v.to(torch.bfloat16)).detach().contiguous()
-        for k, v in weights.items()
+        k: (v if v.dtype == torch.int64 else v.to(torch.bfloat16)).detach().contiguous() for k, v in weights.items()
     }
     save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
     _write_json(out / "config.json", config)
@@ -712,8 +684,8 @@ def write_card(out: Path, record: dict[str, Any]) -> None:
     )
     (out / "README.md").write_text(f"""# The demo pair
 
-A tiny Gemma 4 target of the E type and its drafter, trained from scratch by `tools/train_demo.py` on
-chats made by `tools/demo_corpus.py`: numbers, words, animals, countries, planets, little stories, lists, JSON,
+A tiny Gemma 4 target of the E type and its drafter, trained from scratch by `tools/train_demo.py` on chats
+made by `tools/demo_corpus.py`: numbers, words, animals, countries, planets, little stories, lists, JSON,
 Python, tool calls. It exists so that the whole runtime can be tried and tested without a download. It knows
 nothing else, and it is no product of Google.
 
@@ -745,9 +717,7 @@ Licence: Apache-2.0, as the rest of this repository. The corpus is generated, so
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="command", required=True)
     both, one, two, three = (sub.add_parser(n) for n in ("all", "target", "drafter", "evaluate"))
     for p in (both, one, two, three):
@@ -759,14 +729,12 @@ def main() -> None:
             "--minutes",
             type=float,
             default=40,
-            help="wall clock for training; `all` gives the target 68%% of it",
+            help="wall clock for training; `all` gives the target 72%% of it",
         )
     two.add_argument(
         "--target", type=Path, required=True, help="a Gemma 4 target in Hugging Face layout, with tokenizer"
     )
-    two.add_argument(
-        "--text", type=Path, nargs="+", help="UTF-8 files to train on; without: the demo's chats"
-    )
+    two.add_argument("--text", type=Path, nargs="+", help="UTF-8 files to train on; without: the demo's chats")
     two.add_argument("--out", type=Path, help="where to write; default: TARGET/drafter")
     two.add_argument("--minutes", type=float, default=12)
     for p in (both, two):
@@ -782,9 +750,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "evaluate":
         _fast_cpu(args.workers)
-        print(
-            json.dumps(evaluate(args.pair, args.seed, args.prompts, args.depth), indent=1, ensure_ascii=False)
-        )
+        print(json.dumps(evaluate(args.pair, args.seed, args.prompts, args.depth), indent=1, ensure_ascii=False))
         return
     with tempfile.TemporaryDirectory() as meeting:
         mp.start_processes(_work, (args, meeting), nprocs=args.workers, start_method="spawn")
@@ -795,11 +761,9 @@ def _work(rank: int, a: argparse.Namespace, meeting: str) -> None:
     _fast_cpu(1)
     crew, start, record = Crew(rank=rank, size=a.workers), time.monotonic(), dict[str, Any]()
     if crew.size > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=crew.size
-        )
+        dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=crew.size)
     if a.command in ("all", "target"):
-        record["target"] = train_target(a.out, crew, a.seed, a.minutes * (0.68 if a.command == "all" else 1))
+        record["target"] = train_target(a.out, crew, a.seed, a.minutes * (0.72 if a.command == "all" else 1))
     if a.command in ("all", "drafter"):
         where = a.out if a.command == "all" else a.target
         out = where / "drafter" if a.command == "all" else a.out or where / "drafter"
@@ -808,7 +772,7 @@ def _work(rank: int, a: argparse.Namespace, meeting: str) -> None:
         config = drafter_config(text, a.hidden, a.intermediate, a.centroids, a.top_centroids)
         own_text = a.command == "drafter" and a.text
         windows = file_windows(tok, a.text, seed) if own_text else chat_windows(tok, seed, 0.0)
-        minutes = a.minutes * (0.32 if a.command == "all" else 1)
+        minutes = a.minutes * (0.28 if a.command == "all" else 1)
         record["drafter"] = train_drafter(target, windows, config, out, crew, a.seed, minutes, a.steps)
     if rank > 0:
         return

@@ -36,6 +36,7 @@ class Weights:
         x = self._pop(name, shape)
         if x.dtype in (mx.int32, mx.int64):
             return x
+        self.parameters += x.size
         return self._typed(name, x, "floating point").astype(self.dtype)
 
     def linear(self, path: str, outputs: int, inputs: int, *batch: int) -> Linear:
@@ -43,6 +44,7 @@ class Weights:
         if f"{path}.scales" not in self._left:
             name = f"{path}.weight"
             weight = self._typed(name, self._pop(name, (*batch, outputs, inputs)), "floating point")
+            self.parameters += weight.size
             return Linear(weight.astype(self.dtype))
         spec = self._quantized(path)
         if spec is None:
@@ -165,6 +167,9 @@ class Linear:
     def gathered(self, x: mx.array, index: mx.array, *, in_order: bool = False) -> mx.array:
         """For a stack (E, outputs, inputs): x (..., 1, inputs) by matrices index (...) -> (..., 1, outputs)."""
         if self.spec is None or self.scales is None:
+            if self.dtype != mx.float32 and mx.default_device().type == mx.cpu:
+                # MLX's CPU backend gathers float32 matrices only; those that are used are copied out instead.
+                return x @ self.weight[index].swapaxes(-1, -2)
             return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=index, sorted_indices=in_order)
         return mx.gather_qmm(
             x,
