@@ -10,9 +10,16 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 """Why a request ended: a stop token, its `max_tokens`, its caller, or a failure."""
 
 
+Contract = Literal["exact", "distribution"]
+"""`exact`: the tokens are those of plain decoding with the same seed. `distribution`: their law is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen. The default is greedy decoding (temperature 0).
+
+    Order: bias and suppressed tokens, penalties (repetition over prompt and output, the others over the output),
+    stop ids held back for the first `min_tokens`, temperature, top-k, top-p, min-p.
 
     Raises ValueError, naming the field, the value and what was expected.
     """
@@ -38,28 +45,24 @@ class SamplingParams:
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1")
         _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "a number above 0")
         _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "a count of at least 0")
+        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "None or a whole number below 2**64")
         _check("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "None or a count")
+
+    @property
+    def contract(self) -> Contract:
+        """What the output promises; see `Contract`."""
+        return "exact" if self.temperature == 0 or self.seed is not None else "distribution"
+
+    @property
+    def penalties(self) -> tuple[float, float, float]:
+        """(repetition, presence, frequency)."""
+        return self.repetition_penalty, self.presence_penalty, self.frequency_penalty
 
     @property
     def greedy(self) -> bool:
         """True when the most likely token is always taken and no logit is changed."""
-        return self.temperature == 0 and not self.changed_logits
-
-    @property
-    def changed_logits(self) -> tuple[str, ...]:
-        """Names of the fields that change logits, or report them, beyond plain greedy choice."""
-        default = SamplingParams.__dataclass_fields__
-        names = (
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-            "min_tokens",
-            "logprobs",
-            "constraint",
-        )
-        changed = [n for n in names if self.__dict__[n] != default[n].default]
-        changed += [n for n in ("logit_bias", "suppress_tokens") if self.__dict__[n]]
-        return tuple(changed)
+        edits = self.logit_bias or self.suppress_tokens or self.min_tokens or self.penalties != (1.0, 0.0, 0.0)
+        return self.temperature == 0 and not edits
 
 
 @dataclass(frozen=True, kw_only=True)

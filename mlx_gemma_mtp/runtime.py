@@ -209,7 +209,7 @@ class Runtime:
         cache, hidden = self._prefilled(tokens)
         token = mx.argmax(self._loaded.target.unembed(hidden), axis=-1).astype(mx.int32)
         block = self._speculator.draft(cache, token, hidden, depth, position=position)
-        drafted: list[int] = block.tokens[0, 1:].tolist()  # type: ignore[assignment]
+        drafted: list[int] = block[0].tolist()  # type: ignore[assignment]
         return drafted
 
     def info(self) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
 from dataclasses import dataclass, field
 
+import mlx.core as mx
+
 from .cache import KVCache
 from .depth import FixedDepth
-from .request import FinishReason, Request, TokenEvent
-from .sampling import check_supported
+from .request import FinishReason, Request, SamplingParams, TokenEvent
+from .sampling import History, Sampler
 from .speculative import MAX_DEPTH, Block, Round, Speculator
 from .stats import SpecStats
 
@@ -21,6 +24,12 @@ class _Job:
     request: Request
     stats: SpecStats = field(default_factory=SpecStats)
     cache: KVCache | None = None
+    output: list[int] = field(default_factory=list)
+
+    @property
+    def history(self) -> History:
+        """What its sampler needs to know."""
+        return History(self.request.sampling, self.request.prompt, self.output, self.request.stop_ids)
 
 
 class Scheduler:
@@ -51,6 +60,8 @@ class Scheduler:
         self._cache = KVCache(speculator.spec)
         self._rows: list[_Job | None] = []
         self._block: Block | None = None
+        self._key = mx.random.key(secrets.randbits(63))
+        self._sampler = Sampler([], vocab_size, self._key)
         self._waiting: deque[_Job] = deque()
         self._next_id = 0
         self._prefilled_last = False
@@ -72,7 +83,7 @@ class Scheduler:
 
     def add(self, request: Request) -> tuple[int, SpecStats]:
         """Queue a request; returns its id and its counters, which stay up to date. Raises ValueError."""
-        check_supported(request.sampling)
+        _check_supported(request.sampling)
         needed = len(request.prompt) + request.max_tokens
         if needed > self._max_positions:
             raise ValueError(
@@ -125,7 +136,8 @@ class Scheduler:
             if job.cache.lengths[0] < len(prompt):
                 break
             assert hidden is not None
-            first = self._speculator.first(job.cache, hidden, self._depth_of(job))
+            sampler = Sampler([job.history], self._vocab_size, self._fresh_key())
+            first = self._speculator.first(job.cache, hidden, self._depth_of(job), sampler)
             self._waiting.popleft()
             job.stats.prefills += 1
             events.append(self._event(job, first, 0))
@@ -147,13 +159,14 @@ class Scheduler:
         self._rows += [None] * (self._cache.rows - len(self._rows))
         for (job, block), row in zip(ready, rows, strict=True):
             self._rows[row], places[row], job.cache = job, (block, 0), None
-        self._block = Block.of_rows(places)
+        self._block = Block.of_rows(places, self._vocab_size)
+        self._resample()
 
     def _round(self) -> list[TokenEvent]:
         assert self._block is not None
         depths = [0 if job is None else self._depth_of(job) for job in self._rows]
         offered = self._block.offered
-        result = self._speculator.run_round(self._cache, self._block, depths)
+        result = self._speculator.run_round(self._cache, self._block, depths, self._sampler)
         self._block, events = result.block, []
         for row, job in enumerate(self._rows):
             if job is None:
@@ -180,6 +193,7 @@ class Scheduler:
             if stop is not None:
                 kept, reason = stop, "stop"
         job.stats.cut += count - kept
+        job.output += tokens[:kept]
         if reason is None and job.stats.tokens >= request.max_tokens:
             reason = "length"
         return TokenEvent(
@@ -202,4 +216,20 @@ class Scheduler:
         self._rows += [None] * (self._cache.rows - len(self._rows))
         places: list[tuple[Block, int] | None] = [(block, r) for r in kept]
         places += [None] * (self._cache.rows - len(places))
-        self._block = Block.of_rows(places) if kept else None
+        self._block = Block.of_rows(places, self._vocab_size) if kept else None
+        self._resample()
+
+    def _fresh_key(self) -> mx.array:
+        self._key, key = mx.random.split(self._key)
+        return key
+
+    def _resample(self) -> None:
+        """Lay the sampling state out anew for the rows as they are now."""
+        histories = [None if job is None else job.history for job in self._rows]
+        self._sampler = Sampler(histories, self._vocab_size, self._fresh_key())
+
+
+def _check_supported(params: SamplingParams) -> None:
+    for name, value in (("logprobs", params.logprobs), ("constraint", params.constraint)):
+        if value is not None:
+            raise ValueError(f"{name} is {value!r}: this version doesn't support it yet")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_gemma_mtp.config import KVSlotSpec
-from mlx_gemma_mtp.speculative import MAX_DEPTH, Speculator
+from mlx_gemma_mtp.speculative import MAX_DEPTH, Choose, Speculator
 from mlx_gemma_mtp.views import CacheSpec, HeldView, KVView
 
 VOCAB = 11
@@ -71,7 +71,7 @@ class FakeTarget:
 class FakeDrafter:
     """Guesses right about half of the time, and never when what it reads from the cache isn't what it should be."""
 
-    def draft(self, token: mx.array, hidden: mx.array, view: HeldView, depth: int) -> mx.array:
+    def draft(self, token: mx.array, hidden: mx.array, view: HeldView, depth: int, choose: Choose) -> mx.array:
         held, shape = view.lengths[:, None], (token.shape[0], 1)
         total = _read(view, 1, shape, None, held)[:, 0]
         recent = _read(view, 0, shape, None, mx.minimum(held, WINDOW))[:, 0]
@@ -80,7 +80,8 @@ class FakeDrafter:
         for step in range(depth):
             total = total + token
             token = _next_array(total, mx.zeros_like(total), view.lengths + step)
-            token = mx.where(wrong, (token + 3) % VOCAB, token).astype(mx.int32)
+            token = mx.where(wrong, (token + 3) % VOCAB, token)
+            token = choose((mx.arange(VOCAB)[None] == token[:, None]).astype(mx.float32), None)
             chain.append(token)
         return mx.stack(chain, axis=1)
 

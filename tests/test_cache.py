@@ -180,7 +180,7 @@ class _WideTarget:
 
 
 class _WideDrafter:
-    def draft(self, token: mx.array, hidden: mx.array, view: object, depth: int) -> mx.array:
+    def draft(self, token: mx.array, hidden: mx.array, view: object, depth: int, choose: object) -> mx.array:
         chain = []
         for _ in range(depth):
             q = mx.ones((token.shape[0], 8, 1, 64)) * token[:, None, None, None]

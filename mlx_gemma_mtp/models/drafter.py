@@ -11,6 +11,9 @@ from ..views import HeldView
 from .layers import Layer, Rotaries
 from .linear import Linear, Weights, rms_norm
 
+Choose = Callable[[mx.array, "mx.array | None"], mx.array]
+"""Picks a token (R,) from scores (R, C) and the ids (R, C) they belong to (None: C is the vocabulary)."""
+
 
 class Drafter:
     """A drafter bound to its target's `embed`: a chain of guesses from a token and the hidden state before it.
@@ -39,13 +42,15 @@ class Drafter:
             self.head.arrays,
         ]
 
-    def draft(self, token: mx.array, hidden: mx.array, view: HeldView, depth: int) -> mx.array:
-        """Greedy guesses (R, depth) after `token` (R,), which the cache doesn't hold yet.
+    def draft(self, token: mx.array, hidden: mx.array, view: HeldView, depth: int, choose: Choose) -> mx.array:
+        """A chain of guesses (R, depth) after `token` (R,), which the cache doesn't hold yet.
 
         `hidden` (R, backbone) is the target's after its final norm at the last position held. Every step asks from
         the view's one position; the next step takes the guess's target embedding and the projected hidden state.
+        `choose` makes the guess of scores (R, C) of the tokens ids (R, C), or of all (None).
         """
-        ropes, chain = self._ropes.at(view.positions), []
+        ropes = self._ropes.at(view.positions)
+        chain: list[mx.array] = []
         hidden = hidden[:, None]
         for _ in range(depth):
             x = self.into(mx.concatenate([self._embed(token)[:, None], hidden], axis=-1))
@@ -53,7 +58,7 @@ class Drafter:
                 x = layer(x, view, ropes)
             x = rms_norm(x, self.norm, self.config.norm_eps)
             hidden = self.out(x)
-            token = self.head.best(x[:, 0])
+            token = choose(*self.head.scores(x[:, 0]))
             chain.append(token)
         return mx.stack(chain, axis=1) if chain else mx.zeros((token.shape[0], 0), mx.int32)
 
@@ -69,9 +74,9 @@ class FullHead:
         """What it keeps in memory."""
         return self.embedding.arrays
 
-    def best(self, x: mx.array) -> mx.array:
-        """The most likely token (R,) for x (R, hidden)."""
-        return mx.argmax(self.embedding(x), axis=-1).astype(mx.int32)
+    def scores(self, x: mx.array) -> tuple[mx.array, None]:
+        """Scores (R, vocab) of all tokens for x (R, hidden)."""
+        return self.embedding(x), None
 
 
 class CentroidHead:
@@ -92,14 +97,9 @@ class CentroidHead:
         """What it keeps in memory."""
         return [*self.centroids.arrays, *self.clusters.arrays, self.ids]
 
-    def candidates(self, x: mx.array) -> tuple[mx.array, mx.array]:
+    def scores(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Scores and token ids, (R, top_k * tokens per cluster) each, for x (R, hidden)."""
         fit = self.centroids(x)
         best = mx.argpartition(-fit, self.spec.top_k - 1, axis=-1)[:, : self.spec.top_k]
         scores = self.clusters.gathered(x[:, None, None, :], best)
         return scores.reshape(x.shape[0], -1), self.ids[best].reshape(x.shape[0], -1)
-
-    def best(self, x: mx.array) -> mx.array:
-        """The most likely token (R,) among the candidates, for x (R, hidden)."""
-        scores, ids = self.candidates(x)
-        return mx.take_along_axis(ids, mx.argmax(scores, axis=-1, keepdims=True), axis=-1)[:, 0]
