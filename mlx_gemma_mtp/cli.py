@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, cast
 
 import typer
@@ -165,6 +166,50 @@ def info(
         typer.echo(json.dumps(runtime.info()))
     else:
         _print_tables(runtime.info())
+
+
+@app.command()
+def verify(
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="[FILE.jsonl]", show_default=False, help="Requests, one JSON object a line; - is stdin."),
+    ] = None,
+    model: ModelOption = None,
+    drafter: DrafterOption = "auto",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = None,
+    depths: Annotated[str, typer.Option(metavar="1..6", help="Depths to try; 0: plain, in a batch.")] = "1..6",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="For requests that don't say.")] = 64,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows of the batch; the rest joins as rows leave.")] = 32,
+    allow_ties: Annotated[bool, typer.Option("--allow-ties", help="Let near-ties within rounding pass.")] = False,
+    mlx_lm: Annotated[bool, typer.Option("--mlx-lm/--no-mlx-lm", help="Compare plain decoding with mlx-lm's.")] = True,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as a page, too.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check that drafts change no token: exit code 0 if all outputs equal plain decoding's, 1 if not.
+
+    A line of FILE has a prompt, tokens or messages, and any of temperature, top_p, top_k, min_p, seed, max_tokens,
+    penalties, logit_bias. Without FILE, a built-in set. Sampled requests without a seed get one.
+    """
+    from . import verify_cli
+
+    try:
+        chosen = verify_cli.parse_depths(depths)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--depths") from error
+    options = verify_cli.Options(
+        file=file,
+        depths=chosen,
+        max_tokens=max_tokens,
+        max_batch=max_batch,
+        allow_ties=allow_ties,
+        mlx_lm=mlx_lm,
+    )
+    lines = verify_cli.read_lines(file)
+    runtime = _open(_Source(model=model, drafter=drafter, revision=revision, dtype=dtype), quiet=as_json)
+    with _progress(shown=not as_json and sys.stderr.isatty()) as progress:
+        report = verify_cli.check(runtime, lines, options, progress)
+    raise typer.Exit(verify_cli.show(report, options, as_json=as_json, html=html))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,9 +60,9 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """True when the most likely token is always taken and no logit is changed."""
+        """True when the most likely token is always taken, and no logit is changed or reported."""
         edits = self.logit_bias or self.suppress_tokens or self.min_tokens or self.penalties != (1.0, 0.0, 0.0)
-        return self.temperature == 0 and not edits
+        return self.temperature == 0 and not edits and self.logprobs is None and self.constraint is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,8 @@ class Request:
     """One prompt to decode.
 
     `prompt` is a non-empty sequence of token ids; `stop_ids` end the output (and are not part of it) unless
-    `ignore_eos`; `depth` is the number of drafts per round for this row (None: the scheduler's own).
+    `ignore_eos`; `depth` is the number of drafts per round for this row (None: the scheduler's own); `choice` tells
+    several outputs of one prompt and seed apart: each has noise of its own.
     """
 
     prompt: Sequence[int]
@@ -79,11 +80,21 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     depth: int | None = None
     ignore_eos: bool = False
+    choice: int = 0
 
     def __post_init__(self) -> None:
         _check("prompt", self.prompt, len(self.prompt) > 0, "at least one token id")
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "a count of at least 1")
         _check("depth", self.depth, self.depth is None or self.depth >= 0, "None or a count of at least 0")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log-probability under the model itself (no bias, penalty or temperature), and the likeliest tokens'."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +109,7 @@ class TokenEvent:
     tokens: tuple[int, ...]
     drafted: tuple[bool, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.drafted):

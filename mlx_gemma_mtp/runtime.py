@@ -16,7 +16,7 @@ from .depth import parse_depth
 from .loading import Loaded, Progress, load_pair
 from .models.drafter import Drafter
 from .models.target import Target
-from .request import FinishReason, Request, SamplingParams
+from .request import Contract, FinishReason, Request, SamplingParams, TokenLogprob
 from .scheduler import Scheduler
 from .speculative import MAX_DEPTH, Speculator
 from .stats import SpecStats
@@ -79,13 +79,20 @@ class Step:
 
 @dataclass(kw_only=True)
 class Generation:
-    """A finished output. `text` is the answer alone; `thinking` the thought before it, or None."""
+    """A finished output. `text` is the answer alone; `thinking` the thought before it, or None.
+
+    `contract` says what the tokens promise (see `request.Contract`). With n > 1, `choices` holds all outputs, of which
+    this is the first.
+    """
 
     tokens: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
     text: str = ""
     thinking: str | None = None
     finish_reason: FinishReason | None = None
+    contract: Contract = "exact"
+    logprobs: list[TokenLogprob] | None = None
+    choices: list[Generation] = field(default_factory=list)
     stats: SpecStats = field(default_factory=SpecStats)
     timing: Timing = field(default_factory=Timing)
 
@@ -131,11 +138,21 @@ class Runtime:
         sampling: SamplingParams | None = None,
         depth: int | str = "auto",
         ignore_eos: bool = False,
+        n: int = 1,
     ) -> Generation:
-        """Decode one prompt to its end."""
-        return self.generate_batch(
-            [prompt], max_tokens=max_tokens, sampling=sampling, depth=depth, ignore_eos=ignore_eos
-        )[0]
+        """Decode one prompt to its end, `n` times over (all of them are in `choices`)."""
+        if n < 1:
+            raise ValueError(f"n is {n}, expected at least 1")
+        outputs = self.generate_batch(
+            [self._ids(prompt)] * n,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            depth=depth,
+            ignore_eos=ignore_eos,
+            choices=range(n),
+        )
+        outputs[0].choices = outputs
+        return outputs[0]
 
     def generate_batch(
         self,
@@ -146,13 +163,15 @@ class Runtime:
         depth: int | str = "auto",
         ignore_eos: bool = False,
         max_batch: int | None = None,
+        choices: Sequence[int] | None = None,
     ) -> list[Generation]:
         """Decode prompts of any lengths as one ragged batch (of at most `max_batch` rows; default: all at once).
 
+        `sampling` is one for all or one each, in one batch. `choices` tells outputs of one seed apart (`Request`).
         `timing` is that of the batch, in every output.
         """
         ids, outputs = [self._ids(p) for p in prompts], [Generation() for _ in prompts]
-        for _ in self._run(ids, outputs, max_tokens, sampling, depth, ignore_eos, max_batch):
+        for _ in self._run(ids, outputs, max_tokens, sampling, depth, ignore_eos, max_batch, choices):
             pass
         for output, prompt in zip(outputs, ids, strict=True):
             if self.text is not None:
@@ -290,6 +309,7 @@ class Runtime:
         depth: int | str,
         ignore_eos: bool,
         max_batch: int | None,
+        choices: Sequence[int] | None = None,
     ) -> Iterator[tuple[tuple[int, ...], tuple[bool, ...]]]:
         """Fill `outputs` step by step; yields each event's tokens and whether they were drafted."""
         sampling = SamplingParams() if sampling is None else sampling
@@ -305,10 +325,16 @@ class Runtime:
             chunk=_CHUNK,
         )
         timing, by_id = Timing(), {}
-        for ids, output, p in zip(prompts, outputs, params, strict=True):
+        for i, (ids, output, p) in enumerate(zip(prompts, outputs, params, strict=True)):
             request = Request(
-                prompt=ids, max_tokens=max_tokens, sampling=p, stop_ids=self._stop_ids, ignore_eos=ignore_eos
+                prompt=ids,
+                max_tokens=max_tokens,
+                sampling=p,
+                stop_ids=self._stop_ids,
+                ignore_eos=ignore_eos,
+                choice=choices[i] if choices else 0,
             )
+            output.contract, output.logprobs = p.contract, None if p.logprobs is None else []
             number, output.stats = scheduler.add(request)
             by_id[number] = output
             output.timing = timing
@@ -327,6 +353,8 @@ class Runtime:
                 output = by_id[event.request_id]
                 output.tokens += event.tokens
                 output.drafted += event.drafted
+                if output.logprobs is not None:
+                    output.logprobs += event.logprobs
                 output.finish_reason = event.finish_reason
                 timing.decode_tokens += 0 if prefill else len(event.tokens)
             for event in events:

@@ -52,7 +52,7 @@ class SamplerLayout:
     """What the rows of a batch use, together: the static half of a sampler, part of a compiled round's key.
 
     `candidates`: how many of the most likely tokens are kept before anything is drawn (0: the whole vocabulary, not
-    sorted).
+    sorted). `logprobs`: how many are reported beside the one given (-1: nothing is reported).
     """
 
     vocab_size: int
@@ -61,6 +61,8 @@ class SamplerLayout:
     min_p: bool
     edited: bool
     penalised: bool
+    constrained: bool
+    logprobs: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,16 @@ class Proposal:
 
     ids: mx.array | None
     probs: mx.array
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """[probs] or [probs, ids], for a compiled function."""
+        return [self.probs] if self.ids is None else [self.probs, self.ids]
+
+    @staticmethod
+    def of_arrays(arrays: Sequence[mx.array]) -> Proposal | None:
+        """The reverse of `arrays`; None for none."""
+        return Proposal(arrays[1] if len(arrays) > 1 else None, arrays[0]) if arrays else None
 
     @staticmethod
     def of_rows(rows: Sequence[Proposal | None], depth: int, vocab_size: int) -> Proposal:
@@ -120,8 +132,9 @@ class Constraint(Protocol):
     """Which tokens may come next, step by step, for one output. Lives on the host; made anew for every request."""
 
     def masks(self, drafts: Sequence[int]) -> npt.NDArray[np.uint32]:
-        """Allowed tokens before and after each of `drafts`: (len(drafts) + 1, ceil(vocab / 32)), bit t % 32 of word t // 32.
+        """Tokens allowed before each of `drafts` and behind the last: (len(drafts) + 1, ceil(vocab / 32)).
 
+        Token t is bit t % 32 of word t // 32.
         Where a draft is itself forbidden, what is said of the positions behind it doesn't matter.
         """
 
@@ -147,8 +160,10 @@ class Rows:
     in_prompt: mx.array
     counts: mx.array
 
-    def __init__(self, layout: SamplerLayout, arrays: Sequence[mx.array]) -> None:
+    def __init__(self, layout: SamplerLayout, arrays: Sequence[mx.array], masks: mx.array | None = None) -> None:
+        """`masks` (R, L, ceil(V / 32)), uint32: the tokens that constraints allow at each position, as bits."""
         self.layout = layout
+        self._masks = masks
         self._names = array_names(layout)
         for name, array in zip(self._names, arrays, strict=True):
             self.__dict__[name] = array
@@ -251,7 +266,10 @@ class Rows:
         Every replacement and the bonus token are drawn here, at all positions: nothing depends on a fetched value.
         """
         depth = drafts.shape[1]
-        x, ids = self.filtered(self.edit(logits, drafts))
+        edited = self.edit(logits, drafts)
+        if self._masks is not None:
+            edited = mx.where(unpacked(self._masks, logits.shape[-1]), edited, _NEVER)
+        x, ids = self.filtered(edited)
         place = mx.argmax(x + self.noise(positions, ids, x.shape[-1]), axis=-1)
         chosen = _named(place, ids)
         accepted = _prefix(chosen[:, :depth] == drafts, offered)
@@ -355,6 +373,8 @@ class Sampler:
             min_p=any(p.min_p > 0 for p in sampled),
             edited=penalised or any(p.logit_bias or p.suppress_tokens or p.min_tokens for p in params),
             penalised=penalised,
+            constrained=any(p.constraint is not None for p in params),
+            logprobs=max(-1 if p.logprobs is None else p.logprobs for p in params),
         )
         seeds = [_seed_words(p, r.choice if r else 0) for p, r in zip(params, rows, strict=True)]
         values: dict[str, mx.array] = {
@@ -371,6 +391,26 @@ class Sampler:
         if penalised:
             values |= _penalty_arrays(rows, params, vocab_size)
         self.arrays = [values[name] for name in array_names(self.layout)]
+
+
+def unpacked(masks: mx.array, vocab_size: int) -> mx.array:
+    """Bits (..., ceil(V / 32)) as booleans (..., V)."""
+    token = mx.arange(vocab_size, dtype=mx.uint32)
+    return ((masks[..., token >> 5] >> (token & 31)) & 1) > 0
+
+
+def logprobs(logits: mx.array, chosen: mx.array, count: int) -> list[mx.array]:
+    """Log-probabilities (R, L, 1 + count) of chosen (R, L) and of the `count` likeliest tokens, and those tokens."""
+    x = logits.astype(mx.float32)
+    x = x - mx.logsumexp(x, axis=-1, keepdims=True)
+    own = mx.take_along_axis(x, chosen[..., None], axis=-1)
+    if count == 0:
+        return [own, mx.zeros((*chosen.shape, 0), mx.int32)]
+    best = mx.argpartition(-x, count - 1, axis=-1)[..., :count]
+    values = mx.take_along_axis(x, best, axis=-1)
+    order = mx.argsort(-values, axis=-1)
+    values, best = mx.take_along_axis(values, order, axis=-1), mx.take_along_axis(best, order, axis=-1)
+    return [mx.concatenate([own, values], axis=-1), best.astype(mx.int32)]
 
 
 def _candidates(sampled: Sequence[SamplingParams], vocab_size: int) -> int:

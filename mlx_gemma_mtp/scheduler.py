@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from .cache import KVCache
 from .depth import FixedDepth
-from .request import FinishReason, Request, SamplingParams, TokenEvent
-from .sampling import History, Sampler
-from .speculative import MAX_DEPTH, Block, Round, Speculator
+from .request import FinishReason, Request, TokenEvent, TokenLogprob
+from .sampling import Constraint, History, Sampler
+from .speculative import MAX_DEPTH, Block, Masks, Round, Speculator
 from .stats import SpecStats
 
 
@@ -25,11 +27,13 @@ class _Job:
     stats: SpecStats = field(default_factory=SpecStats)
     cache: KVCache | None = None
     output: list[int] = field(default_factory=list)
+    constraint: Constraint | None = None
 
     @property
     def history(self) -> History:
         """What its sampler needs to know."""
-        return History(self.request.sampling, self.request.prompt, self.output, self.request.stop_ids)
+        request = self.request
+        return History(request.sampling, request.prompt, self.output, request.stop_ids, request.choice)
 
 
 class Scheduler:
@@ -37,7 +41,8 @@ class Scheduler:
 
     `add` and `cancel` at any moment; each `step` is either one prefill step (at most `prefill_budget` prompt tokens,
     in chunks of `chunk`) or one round of all rows, in turn where both wait, so that running rows stall for one
-    prefill step at most. Requests are admitted in their order, up to `max_batch` rows.
+    prefill step at most. Requests are admitted in their order, up to `max_batch` rows. `constrain` starts a request's
+    constraint, or raises ValueError.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Scheduler:
         max_batch: int = 8,
         chunk: int = 512,
         prefill_budget: int = 2048,
+        constrain: Callable[[Request], Constraint | None] = lambda _: None,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("chunk", chunk), ("prefill_budget", prefill_budget)):
             if value < 1:
@@ -57,6 +63,7 @@ class Scheduler:
         self._speculator = speculator
         self._vocab_size, self._max_positions = vocab_size, max_positions
         self._depth, self._max_batch, self._chunk, self._budget = depth, max_batch, chunk, prefill_budget
+        self._constrain = constrain
         self._cache = KVCache(speculator.spec)
         self._rows: list[_Job | None] = []
         self._block: Block | None = None
@@ -83,7 +90,6 @@ class Scheduler:
 
     def add(self, request: Request) -> tuple[int, SpecStats]:
         """Queue a request; returns its id and its counters, which stay up to date. Raises ValueError."""
-        _check_supported(request.sampling)
         needed = len(request.prompt) + request.max_tokens
         if needed > self._max_positions:
             raise ValueError(
@@ -95,7 +101,10 @@ class Scheduler:
         for token in request.prompt:
             if not 0 <= token < self._vocab_size:
                 raise ValueError(f"prompt has token id {token}, expected 0 to {self._vocab_size - 1}")
-        job = _Job(id=self._next_id, request=request)
+        constraint = self._constrain(request)
+        if request.sampling.constraint is not None and constraint is None:
+            raise ValueError(f"constraint is {request.sampling.constraint!r}: nothing here can honour it")
+        job = _Job(id=self._next_id, request=request, constraint=constraint)
         self._next_id += 1
         self._waiting.append(job)
         return job.id, job.stats
@@ -137,7 +146,8 @@ class Scheduler:
                 break
             assert hidden is not None
             sampler = Sampler([job.history], self._vocab_size, self._fresh_key())
-            first = self._speculator.first(job.cache, hidden, self._depth_of(job), sampler)
+            masks = self._masks([job], Block(mx.zeros((1, 1), mx.int32), (0,)))
+            first = self._speculator.first(job.cache, hidden, self._depth_of(job), sampler, masks)
             self._waiting.popleft()
             job.stats.prefills += 1
             events.append(self._event(job, first, 0))
@@ -166,7 +176,8 @@ class Scheduler:
         assert self._block is not None
         depths = [0 if job is None else self._depth_of(job) for job in self._rows]
         offered = self._block.offered
-        result = self._speculator.run_round(self._cache, self._block, depths, self._sampler)
+        masks = self._masks(self._rows, self._block)
+        result = self._speculator.run_round(self._cache, self._block, depths, self._sampler, masks)
         self._block, events = result.block, []
         for row, job in enumerate(self._rows):
             if job is None:
@@ -194,14 +205,35 @@ class Scheduler:
                 kept, reason = stop, "stop"
         job.stats.cut += count - kept
         job.output += tokens[:kept]
+        if job.constraint is not None:
+            job.constraint.advance(tokens[:kept])
         if reason is None and job.stats.tokens >= request.max_tokens:
             reason = "length"
+        asked = request.sampling.logprobs
+        logprobs = [] if asked is None else result.logprobs[row][:kept]
         return TokenEvent(
             request_id=job.id,
             tokens=tuple(tokens[:kept]),
             drafted=tuple(drafted[:kept]),
             finish_reason=reason,
+            logprobs=tuple(TokenLogprob(p.token, p.logprob, p.top[:asked]) for p in logprobs),
         )
+
+    def _masks(self, jobs: Sequence[_Job | None], block: Block) -> Masks | None:
+        """What the rows' constraints allow at each position of a block; None if no row has one."""
+        if all(job is None or job.constraint is None for job in jobs):
+            return None
+        offered, words = block.offered, -(-self._vocab_size // 32)
+        drafts: list[list[int]] = block.tokens[:, 1:].tolist() if block.depth else [[]] * len(jobs)  # type: ignore[assignment]
+
+        def make() -> mx.array:
+            masks = np.full((len(jobs), block.depth + 1, words), 0xFFFFFFFF, np.uint32)
+            for row, job in enumerate(jobs):
+                if job is not None and job.constraint is not None:
+                    masks[row, : offered[row] + 1] = job.constraint.masks(drafts[row][: offered[row]])
+            return mx.array(masks)
+
+        return make
 
     def _close(self, row: int) -> None:
         self._cache.close_row(row)
@@ -227,9 +259,3 @@ class Scheduler:
         """Lay the sampling state out anew for the rows as they are now."""
         histories = [None if job is None else job.history for job in self._rows]
         self._sampler = Sampler(histories, self._vocab_size, self._fresh_key())
-
-
-def _check_supported(params: SamplingParams) -> None:
-    for name, value in (("logprobs", params.logprobs), ("constraint", params.constraint)):
-        if value is not None:
-            raise ValueError(f"{name} is {value!r}: this version doesn't support it yet")

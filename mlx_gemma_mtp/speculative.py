@@ -9,13 +9,15 @@ written in the same evaluation, which MLX would answer with a copy. Plain decodi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
 from .cache import KVCache
-from .sampling import Proposal, Rows, Sampler, SamplerLayout, accept_greedy, greedy_choice
+from .request import TokenLogprob
+from .sampling import Proposal, Rows, Sampler, SamplerLayout, accept_greedy, greedy_choice, logprobs
 from .views import BlockView, CacheSpec, HeldView, KVView, Layout
 
 T = TypeVar("T")
@@ -85,15 +87,31 @@ class Block:
 
 @dataclass(frozen=True)
 class Round:
-    """What a round gave: row r's new tokens are tokens[r][: counts[r]], all but the last of them accepted drafts."""
+    """What a round gave: row r's new tokens are tokens[r][: counts[r]], all but the last of them accepted drafts.
+
+    `logprobs`, where asked for, is parallel to `tokens`.
+    """
 
     tokens: list[list[int]]
     counts: list[int]
     block: Block
+    logprobs: list[list[TokenLogprob]] = field(default_factory=list)
 
 
-_Out = tuple[mx.array, mx.array, list[mx.array], list[mx.array], list[mx.array]]
-_Key = tuple[int, int, Layout, "SamplerLayout | None", bool]
+@dataclass(frozen=True)
+class _Key:
+    """What a compiled round is built for, besides the shapes of its arrays."""
+
+    depth: int
+    layout: Layout
+    sampling: SamplerLayout | None
+
+
+_Out = tuple[mx.array, mx.array, list[mx.array], list[mx.array], list[mx.array], list[mx.array]]
+"""Fetch (R, L + 1), next tokens (R, 1 + K), their law, sampling state, log-probabilities, cache arrays."""
+
+Masks = Callable[[], mx.array]
+"""Makes the bits (R, L, ceil(V / 32)) of the tokens that the rows' constraints allow in the block."""
 
 
 class Speculator:
@@ -111,8 +129,7 @@ class Speculator:
         self.target, self.drafter, self.spec = target, drafter, spec
         self.traces = 0
         self._compiled = compiled
-        self._rounds: dict[_Key, Callable[..., _Out]] = {}
-        self._firsts: dict[_Key, Callable[..., _Out]] = {}
+        self._functions: dict[tuple[str, _Key], Callable[..., Any]] = {}
 
     def prefill(self, cache: KVCache, tokens: Sequence[int]) -> mx.array:
         """Append a chunk of prompt to a cache of one row; returns the hidden state (1, hidden) of its last token.
@@ -128,14 +145,14 @@ class Speculator:
         mx.async_eval(hidden, *cache.arrays)  # type: ignore[no-untyped-call]
         return hidden
 
-    def first(self, cache: KVCache, hidden: mx.array, depth: int, sampler: Sampler | None = None) -> Round:
+    def first(
+        self, cache: KVCache, hidden: mx.array, depth: int, sampler: Sampler | None = None, masks: Masks | None = None
+    ) -> Round:
         """The token after a prefill and the drafts behind it. hidden (R, hidden): of each row's last token held."""
-        layout = None if sampler is None else sampler.layout
-        key = 0, self._depth(depth), cache.layout, layout, False
-        if key not in self._firsts:
-            self._firsts[key] = self._compile(lambda *args: self._first(key, *args))
-        out = self._firsts[key](hidden, [] if sampler is None else sampler.arrays, cache.arrays)
-        return self._finish(out, cache, sampler, (key[1],) * cache.rows)
+        key = _Key(self._depth(depth), cache.layout, None if sampler is None else sampler.layout)
+        states = [] if sampler is None else sampler.arrays
+        out = self._function("first", self._first, key)(hidden, states, [masks()] if masks else [], cache.arrays)
+        return self._finish(out, cache, sampler, (key.depth,) * cache.rows)
 
     def draft(
         self, cache: KVCache, token: mx.array, hidden: mx.array, depth: int, *, position: int | None = None
@@ -144,29 +161,40 @@ class Speculator:
         at = None if position is None else mx.full((cache.rows,), position, mx.int32)
         return self._drafts(None, token, hidden, cache.held(position=at), self._depth(depth))[0]
 
-    def run_round(self, cache: KVCache, block: Block, depths: Sequence[int], sampler: Sampler | None = None) -> Round:
+    def run_round(
+        self,
+        cache: KVCache,
+        block: Block,
+        depths: Sequence[int],
+        sampler: Sampler | None = None,
+        masks: Masks | None = None,
+    ) -> Round:
         """Verify `block` in every row, commit what is accepted, and draft depths[r] tokens more for row r.
 
-        One host fetch: the new tokens and how many. Free rows compute along and come back with count 0.
+        One host fetch: the new tokens and how many. Free rows compute along and come back with count 0. With `masks`
+        (rows under a constraint) the verification is queued first, and they are made while it runs.
         """
-        depth = self._depth(max(depths))
         cache.reserve(block.depth + 1)
-        layout, law = None if sampler is None else sampler.layout, block.proposal
-        key = block.depth, depth, cache.layout, layout, law is not None and law.ids is not None
-        if key not in self._rounds:
-            self._rounds[key] = self._compile(lambda *args: self._round(key, *args))
+        key = _Key(self._depth(max(depths)), cache.layout, None if sampler is None else sampler.layout)
+        law = [] if block.proposal is None else block.proposal.arrays
+        states, offered = [] if sampler is None else sampler.arrays, mx.array(block.offered, mx.int32)
         arrays, cache.arrays = cache.arrays, []
-        laws = [] if law is None else [law.probs, *([] if law.ids is None else [law.ids])]
-        states = [] if sampler is None else sampler.arrays
-        out = self._rounds[key](block.tokens, mx.array(block.offered, mx.int32), laws, states, arrays)
-        cache.arrays = out[4]
+        out: _Out
+        if masks is None:
+            out = self._function("round", self._round, key)(block.tokens, offered, law, states, arrays)
+        else:
+            hidden, logits, arrays = self._function("verify", self._verify, key)(block.tokens, arrays)
+            mx.async_eval(logits, hidden, *arrays)  # type: ignore[no-untyped-call]
+            commit = self._function("commit", self._commit, key)
+            out = commit(block.tokens, offered, law, states, [masks()], hidden, logits, arrays)
         del arrays
-        return self._finish(out, cache, sampler, tuple(min(d, depth) for d in depths), advance=True)
+        cache.arrays = out[-1]
+        return self._finish(out, cache, sampler, tuple(min(d, key.depth) for d in depths), advance=True)
 
     def _finish(
         self, out: _Out, cache: KVCache, sampler: Sampler | None, offered: tuple[int, ...], *, advance: bool = False
     ) -> Round:
-        fetch, tokens, laws, states, _ = out
+        fetch, tokens, law, states, reported, _ = out
         mx.eval(*out)
         if sampler is not None:
             sampler.arrays = states
@@ -174,16 +202,20 @@ class Speculator:
         counts = [row[-1] for row in rows]
         if advance:
             cache.advance(counts)
-        proposal = Proposal(laws[1] if len(laws) > 1 else None, laws[0]) if laws else None
-        return Round(rows, counts, Block(tokens, offered, proposal))
+        block = Block(tokens, offered, Proposal.of_arrays(law))
+        return Round(rows, counts, block, _readable(rows, reported) if reported else [])
+
+    def _function(self, name: str, f: Callable[..., T], key: _Key) -> Callable[..., T]:
+        """`f` bound to `key`, compiled once."""
+        if (name, key) not in self._functions:
+            bound = partial(f, key)
+            self._functions[name, key] = mx.compile(bound) if self._compiled else bound
+        return self._functions[name, key]
 
     def _depth(self, depth: int) -> int:
         if not 0 <= depth <= MAX_DEPTH:
             raise ValueError(f"depth is {depth}, expected 0 to {MAX_DEPTH}")
         return depth if self.drafter is not None else 0
-
-    def _compile(self, f: Callable[..., T]) -> Callable[..., T]:
-        return mx.compile(f) if self._compiled else f
 
     def _drafts(
         self, rows: Rows | None, last: mx.array, hidden: mx.array, view: HeldView, depth: int
@@ -209,46 +241,82 @@ class Speculator:
         ids = [i for _, i in laws if i is not None]
         return drafts, [mx.concatenate(part, axis=1) for part in ([p for p, _ in laws], ids) if part]
 
-    def _first(self, key: _Key, hidden: mx.array, states: list[mx.array], arrays: list[mx.array]) -> _Out:
+    def _first(
+        self, key: _Key, hidden: mx.array, states: list[mx.array], masks: list[mx.array], arrays: list[mx.array]
+    ) -> _Out:
         self.traces += 1
-        _, depth, layout, sampling, _ = key
-        rows = None if sampling is None else Rows(sampling, states)
+        rows = Rows(key.sampling, states, *masks) if key.sampling else None
         logits, none = self.target.unembed(hidden[:, None]), mx.zeros((hidden.shape[0], 0), mx.int32)
-        view = HeldView(self.spec, layout, arrays)
+        view = HeldView(self.spec, key.layout, arrays)
         offered = mx.zeros((hidden.shape[0],), mx.int32)
         if rows is None:
             chosen, accepted = accept_greedy(logits, none, offered)
         else:
             chosen, accepted = rows.accept(logits, none, offered, None, view.lengths[:, None])
-        drafts, laws = self._drafts(rows, chosen[:, 0], hidden, view, depth)
+        drafts, law = self._drafts(rows, chosen[:, 0], hidden, view, key.depth)
         fetch = mx.concatenate([chosen, accepted[:, None] + 1], axis=1)
-        return fetch, mx.concatenate([chosen, drafts], axis=1), laws, [] if rows is None else rows.flat(), []
+        return fetch, mx.concatenate([chosen, drafts], axis=1), law, *_reported(rows, logits, chosen), []
 
     def _round(
         self,
         key: _Key,
         tokens: mx.array,
         offered: mx.array,
-        laws: list[mx.array],
+        law: list[mx.array],
         states: list[mx.array],
         arrays: list[mx.array],
     ) -> _Out:
+        hidden, logits, arrays = self._verify(key, tokens, arrays)
+        return self._commit(key, tokens, offered, law, states, [], hidden, logits, arrays)
+
+    def _verify(self, key: _Key, tokens: mx.array, arrays: list[mx.array]) -> tuple[mx.array, mx.array, list[mx.array]]:
+        """The target over a block: hidden states, logits, and the cache with the block written, not yet counted."""
         self.traces += 1
-        _, depth, layout, sampling, _ = key
-        rows = None if sampling is None else Rows(sampling, states)
-        view = BlockView(self.spec, layout, arrays, tokens.shape[1])
-        alive = arrays[1]
+        view = BlockView(self.spec, key.layout, arrays, tokens.shape[1])
         hidden = self.target(tokens, view)
-        logits, drafts = self.target.unembed(hidden), tokens[:, 1:]
+        return hidden, self.target.unembed(hidden), view.arrays_after(mx.zeros_like(view.lengths))
+
+    def _commit(
+        self,
+        key: _Key,
+        tokens: mx.array,
+        offered: mx.array,
+        law: list[mx.array],
+        states: list[mx.array],
+        masks: list[mx.array],
+        hidden: mx.array,
+        logits: mx.array,
+        arrays: list[mx.array],
+    ) -> _Out:
+        """Acceptance, the new lengths, and the next drafts."""
+        rows = Rows(key.sampling, states, *masks) if key.sampling else None
+        drafts, (lengths, alive, *rest) = tokens[:, 1:], arrays
         if rows is None:
             chosen, accepted = accept_greedy(logits, drafts, offered)
         else:
-            law = Proposal(laws[1] if len(laws) > 1 else None, laws[0]) if laws else None
-            chosen, accepted = rows.accept(logits, drafts, offered, law, view.positions + 1)
+            positions = lengths[:, None] + 1 + mx.arange(tokens.shape[1])[None]
+            chosen, accepted = rows.accept(logits, drafts, offered, Proposal.of_arrays(law), positions)
         counts = (accepted + 1) * alive
-        after = view.arrays_after(counts)
+        after = [lengths + counts, alive, *rest]
         last = mx.take_along_axis(chosen, accepted[:, None], axis=1)
         anchor = mx.take_along_axis(hidden, accepted[:, None, None], axis=1)[:, 0]
-        more, laws = self._drafts(rows, last[:, 0], anchor, HeldView(self.spec, layout, after), depth)
+        more, law = self._drafts(rows, last[:, 0], anchor, HeldView(self.spec, key.layout, after), key.depth)
         fetch = mx.concatenate([chosen, counts[:, None]], axis=1)
-        return fetch, mx.concatenate([last, more], axis=1), laws, [] if rows is None else rows.flat(), after
+        return fetch, mx.concatenate([last, more], axis=1), law, *_reported(rows, logits, chosen), after
+
+
+def _reported(rows: Rows | None, logits: mx.array, chosen: mx.array) -> tuple[list[mx.array], list[mx.array]]:
+    """The sampling state afterwards, and log-probabilities if a row wants them."""
+    if rows is None:
+        return [], []
+    wanted = rows.layout.logprobs >= 0
+    return rows.flat(), logprobs(logits, chosen, rows.layout.logprobs) if wanted else []
+
+
+def _readable(tokens: list[list[int]], reported: list[mx.array]) -> list[list[TokenLogprob]]:
+    values: list[list[list[float]]] = reported[0].tolist()  # type: ignore[assignment]
+    ids: list[list[list[int]]] = reported[1].tolist()  # type: ignore[assignment]
+    return [
+        [TokenLogprob(t, v[0], tuple(zip(best, v[1:], strict=True))) for t, v, best in zip(row, vs, bs, strict=False)]
+        for row, vs, bs in zip(tokens, values, ids, strict=True)
+    ]

@@ -169,7 +169,6 @@ def test_info_names_what_the_drafter_reads(pairs: dict[str, Runtime]) -> None:
         ("hello", {}, "no tokenizer"),
         ([1], {"depth": 9}, "depth is 9"),
         ([1], {"max_tokens": 0}, "max_tokens is 0"),
-        ([1], {"sampling": SamplingParams(temperature=0.7)}, "temperature is 0.7"),
         ([1], {"sampling": [SamplingParams()] * 2}, "2 entries for 1 prompts"),
         ([1], {"max_tokens": 10**9}, "expected at most"),
     ],

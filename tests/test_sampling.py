@@ -251,7 +251,14 @@ def test_greedy_rows_without_edits_need_no_sampler() -> None:
     assert _sampler([SamplingParams(), SamplingParams(top_k=5)], 10).layout is None
     layout = _sampler([SamplingParams(), SamplingParams(temperature=1, top_k=5)], 10).layout
     assert layout == SamplerLayout(
-        vocab_size=10, candidates=8, distribution=True, min_p=False, edited=False, penalised=False
+        vocab_size=10,
+        candidates=8,
+        distribution=True,
+        min_p=False,
+        edited=False,
+        penalised=False,
+        constrained=False,
+        logprobs=-1,
     )
 
 
