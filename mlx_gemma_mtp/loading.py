@@ -272,25 +272,27 @@ def memory_limit() -> int:
 def _bytes_in_memory(file: Path, dtype: mx.Dtype) -> int:
     """What a safetensors file's text tensors take once loaded, from its header alone."""
     with file.open("rb") as f:
-        size = int.from_bytes(f.read(8), "little")
-        if not 2 <= size <= 100_000_000:
-            raise LoadError(f"{file} is not a safetensors file: its header would be {size} bytes")
+        length = int.from_bytes(f.read(8), "little")
+        if not 2 <= length <= 100_000_000:
+            raise LoadError(f"{file} is not a safetensors file: its header would be {length} bytes")
         try:
-            header = json.loads(f.read(size))
+            header = json.loads(f.read(length))
         except ValueError as e:
             raise LoadError(f"{file} is not a safetensors file: its header is not JSON") from e
     if not isinstance(header, dict):
         raise LoadError(f"{file} is not a safetensors file: its header is not an object")
-    total = 0
+    total, room = 0, file.stat().st_size - 8 - length
     for name, entry in header.items():
-        if name == "__metadata__" or isinstance(canonical(name, lambda _: True), Skipped):
+        if name == "__metadata__":
             continue
         try:
-            (begin, end), kind = entry["data_offsets"], entry["dtype"]
-            size = end - begin
+            (begin, end), width = entry["data_offsets"], _FLOATS.get(entry["dtype"])
+            if not 0 <= begin <= end <= room:
+                raise ValueError(f"the file has {room} bytes of data")
         except (KeyError, TypeError, ValueError) as e:
-            raise LoadError(f"{file} is not a safetensors file: its header says {entry!r} of {name}") from e
-        total += size // _FLOATS[kind] * dtype.size if kind in _FLOATS else size
+            raise LoadError(f"{file} is damaged or incomplete: its header says {entry!r} of {name} ({e!r})") from e
+        if not isinstance(canonical(name, lambda _: True), Skipped):
+            total += end - begin if width is None else (end - begin) // width * dtype.size
     return total
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -58,11 +59,9 @@ def with_rope(data: Data, kind: str, **fields: Any) -> Data:
 
 
 def refused(data: Data, *said: str, target: TargetConfig | None = None) -> None:
+    parse = TargetConfig.from_hf if target is None else partial(DrafterConfig.from_hf, target=target)
     with pytest.raises(ConfigError) as caught:
-        if target is None:
-            TargetConfig.from_hf(data)
-        else:
-            DrafterConfig.from_hf(data, target)
+        parse(data)
     for part in said:
         assert part in str(caught.value)
 

@@ -28,8 +28,12 @@ class Drafter:
         self.out = w.linear("post_projection", config.backbone_hidden, hidden)
         self.layers = [Layer(w, f"layers.{i}", spec, hidden, config.norm_eps) for i, spec in enumerate(config.layers)]
         self.norm = w.take("norm.weight", hidden)
-        embedding = w.linear("embed_tokens", config.vocab_size, hidden)
-        self.head = CentroidHead(config.centroids, w, embedding, config) if config.centroids else FullHead(embedding)
+        embedding = w.table("embed_tokens", config.vocab_size, hidden)
+        self.head: CentroidHead | FullHead
+        if config.centroids:
+            self.head = CentroidHead(config.centroids, w, embedding, config)
+        else:
+            self.head = FullHead(embedding.for_products())
         self._ropes = Rotaries(config.layers)
         self.parameters = w.parameters
 

@@ -101,11 +101,18 @@ class Layer:
         view: KVView,
         ropes: Mapping[RopeSpec, Callable[[mx.array], mx.array]],
         per_layer_input: mx.array | None = None,
+        last_ropes: Mapping[RopeSpec, Callable[[mx.array], mx.array]] | None = None,
     ) -> mx.array:
-        """x (R, L, hidden) at the view's positions, per_layer_input (R, L, P); returns (R, L, hidden)."""
+        """x (R, L, hidden) at the view's positions, per_layer_input (R, L, P); returns (R, L, hidden).
+
+        With `last_ropes`, those of the last position alone, only that position's output is computed, (R, 1, hidden),
+        from its own per_layer_input (R, 1, P); the K/V of all positions are written all the same.
+        """
         before_attention, after_attention, before_mlp, after_mlp = self.norms
-        attended = self._attend(rms_norm(x, before_attention, self.eps), view, ropes[self.spec.rope])
-        x = x + rms_norm(attended, after_attention, self.eps)
+        rope, last = self.spec.rope, last_ropes is not None
+        query_rope = ropes[rope] if last_ropes is None else last_ropes[rope]
+        attended = self._attend(rms_norm(x, before_attention, self.eps), view, ropes[rope], query_rope, last)
+        x = (x[:, -1:] if last else x) + rms_norm(attended, after_attention, self.eps)
         gate, up = self.gate_up(rms_norm(x, before_mlp, self.eps))
         y = self.down(gelu_gate(gate, up))
         if self.experts:
@@ -116,16 +123,22 @@ class Layer:
             x = x + rms_norm(out(gelu_gate(into(x), per_layer_input)), norm, self.eps)
         return x * self.scalar
 
-    def _attend(self, x: mx.array, view: KVView, rope: Callable[[mx.array], mx.array]) -> mx.array:
-        rows, length, _ = x.shape
+    def _attend(
+        self,
+        x: mx.array,
+        view: KVView,
+        rope: Callable[[mx.array], mx.array],
+        query_rope: Callable[[mx.array], mx.array],
+        last: bool,
+    ) -> mx.array:
         q, *kv = (self._heads(y) for y in self.qkv(x))
-        q = rope(rms_norm(q, self.q_norm, self.eps))
+        q = query_rope(rms_norm(q[:, :, -1:] if last else q, self.q_norm, self.eps))
         pair = None
         if self.k_norm is not None:
             # Where keys and values share a projection (k_eq_v) they still differ: only keys are scaled and turned.
             pair = rope(rms_norm(kv[0], self.k_norm, self.eps)), rms_norm(kv[-1], None, self.eps)
         out = view.attend(self.spec.kv_slot, q, pair)
-        return self.out(out.swapaxes(1, 2).reshape(rows, length, -1))
+        return self.out(out.swapaxes(1, 2).reshape(out.shape[0], out.shape[2], -1))
 
     def _heads(self, x: mx.array) -> mx.array:
         return x.reshape(x.shape[0], x.shape[1], -1, self.spec.head_dim).swapaxes(1, 2)

@@ -39,8 +39,12 @@ class Weights:
         self.parameters += x.size
         return self._typed(name, x, "floating point").astype(self.dtype)
 
-    def linear(self, path: str, outputs: int, inputs: int, *batch: int) -> Linear:
-        """The matrix `path`.weight (outputs, inputs), or a stack of them, plain or quantized."""
+    def linear(self, path: str, outputs: int, inputs: int) -> Linear:
+        """The matrix `path`.weight (outputs, inputs), plain or quantized, laid out for products."""
+        return self.table(path, outputs, inputs).for_products()
+
+    def table(self, path: str, outputs: int, inputs: int, *batch: int) -> Linear:
+        """The matrix `path`.weight, or a stack of them, as stored: for taking rows, or for `Linear.gathered`."""
         if f"{path}.scales" not in self._left:
             name = f"{path}.weight"
             weight = self._typed(name, self._pop(name, (*batch, outputs, inputs)), "floating point")
@@ -65,8 +69,7 @@ class Weights:
 
     def stacked(self, paths: Sequence[str], outputs: Sequence[int], inputs: int, *batch: int) -> Stacked:
         """Several matrices with the same inputs as one, so that they cost one product (if packed alike)."""
-        parts = [self.linear(p, n, inputs, *batch) for p, n in zip(paths, outputs, strict=True)]
-        return Stacked(parts, outputs)
+        return Stacked([self.table(p, n, inputs, *batch) for p, n in zip(paths, outputs, strict=True)], outputs)
 
     def has(self, name: str) -> bool:
         """True if the tensor is there and not taken yet."""
@@ -130,6 +133,15 @@ class Linear:
             mode=self.spec.mode,
         )
 
+    def for_products(self) -> Linear:
+        """The same matrix, stored as the backend multiplies fastest.
+
+        The CPU backend's own BLAS reads W.T row by row up to twice as fast as W column by column, with the same bits.
+        """
+        if self.spec is None and self.weight.ndim == 2 and self.dtype == mx.float32 and not fused_kernels():
+            return Linear(mx.contiguous(self.weight.T).T)
+        return self
+
     def rows(self, index: mx.array) -> mx.array:
         """Rows of W: index (...) -> (..., inputs)."""
         if self.spec is None or self.scales is None:
@@ -190,9 +202,8 @@ class Stacked:
 
     def __init__(self, parts: Sequence[Linear], outputs: Sequence[int]) -> None:
         self.bounds = [sum(outputs[: i + 1]) for i in range(len(outputs) - 1)]
-        self.parts = list(parts)
-        if len(parts) > 1 and all(p.spec == parts[0].spec for p in parts):
-            self.parts = [parts[0].joined(parts[1:])]
+        alike = len(parts) > 1 and all(p.spec == parts[0].spec for p in parts)
+        self.parts = [p.for_products() for p in ([parts[0].joined(parts[1:])] if alike else parts)]
 
     @property
     def arrays(self) -> list[mx.array]:

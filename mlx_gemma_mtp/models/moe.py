@@ -20,12 +20,12 @@ class Experts:
         self.router_scale = w.take(f"{path}.router.scale", hidden) * hidden**-0.5
         self.expert_scale = w.take(f"{path}.router.per_expert_scale", spec.experts)
         if w.has(f"{path}.experts.gate_up_proj.weight"):
-            joined = w.linear(f"{path}.experts.gate_up_proj", 2 * spec.hidden, hidden, spec.experts)
+            joined = w.table(f"{path}.experts.gate_up_proj", 2 * spec.hidden, hidden, spec.experts)
             self.gate_up = Stacked([joined], [spec.hidden] * 2)
         else:
             names = [f"{path}.experts.{n}_proj" for n in ("gate", "up")]
             self.gate_up = w.stacked(names, [spec.hidden] * 2, hidden, spec.experts)
-        self.down = w.linear(f"{path}.experts.down_proj", hidden, spec.hidden, spec.experts)
+        self.down = w.table(f"{path}.experts.down_proj", hidden, spec.hidden, spec.experts)
         names = [
             "post_feedforward_layernorm_1",
             "pre_feedforward_layernorm_2",

@@ -24,7 +24,7 @@ class Target:
         self.norm = w.take("norm.weight", hidden)
         self._ropes = Rotaries(config.layers)
         self.parameters = w.parameters
-        # Layers behind this one store no K/V: in a prefill only the last position needs them.
+        # From this layer's queries on, nothing is stored any more: a prefill needs only the last position of it.
         self._last_writer = max(i for i, spec in enumerate(config.layers) if spec.writes_kv)
 
     @property
@@ -49,12 +49,14 @@ class Target:
         """
         x = self.embed(tokens)
         inputs = self.per_layer(tokens, x) if self.per_layer else None
-        ropes = self._ropes.at(view.positions)
+        ropes, last_ropes = self._ropes.at(view.positions), None
         for i, layer in enumerate(self.layers):
-            x = layer(x, view, ropes, None if inputs is None else inputs[:, :, i])
-            if last_only and i == self._last_writer and x.shape[1] > 1:
-                x, inputs = x[:, -1:], None if inputs is None else inputs[:, -1:]
-                ropes = self._ropes.at(view.positions[:, -1:])
+            if last_only and i == self._last_writer:
+                last_ropes = self._ropes.at(view.positions[:, -1:])
+                inputs = None if inputs is None else inputs[:, -1:]
+            x = layer(x, view, ropes, None if inputs is None else inputs[:, :, i], last_ropes)
+            if last_ropes is not None:
+                ropes, last_ropes = last_ropes, None
         return rms_norm(x, self.norm, self.config.norm_eps)
 
     def unembed(self, hidden: mx.array) -> mx.array:
@@ -70,7 +72,7 @@ class PerLayerInputs:
     def __init__(self, config: TargetConfig, w: Weights) -> None:
         self.config = config
         width = len(config.layers) * config.per_layer_hidden
-        self.table = w.linear("embed_tokens_per_layer", config.per_layer_vocab, width)
+        self.table = w.table("embed_tokens_per_layer", config.per_layer_vocab, width)
         self.projection = w.linear("per_layer_model_projection", width, config.hidden_size)
         self.norm = w.take("per_layer_projection_norm.weight", config.per_layer_hidden)
 
