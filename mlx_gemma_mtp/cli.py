@@ -172,7 +172,7 @@ def info(
 def verify(
     file: Annotated[
         str | None,
-        typer.Argument(metavar="[FILE.jsonl]", show_default=False, help="Requests, one JSON object a line; - is stdin."),
+        typer.Argument(metavar="[FILE.jsonl]", show_default=False, help="Requests, a JSON object each; -: stdin."),
     ] = None,
     model: ModelOption = None,
     drafter: DrafterOption = "auto",
@@ -197,6 +197,8 @@ def verify(
         chosen = verify_cli.parse_depths(depths)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--depths") from error
+    if html is not None and not html.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{html.parent} is not a directory", param_hint="--html")
     options = verify_cli.Options(
         file=file,
         depths=chosen,

@@ -16,13 +16,14 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .request import Request
 from .text import TextCodec
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ Mask = npt.NDArray[np.uint32]
 _CACHED = 64
 _NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 _SCHEMA_ERROR = "failed to compile JSON schema: "
+_CONTROL_ESCAPE = re.compile(r"\\[aevux]")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _CHANNEL_OPEN, _CHANNEL_CLOSE, _THINK = "<|channel>", "<channel|>", "<|think|>"
 _TURN_MARKS = ("<|turn>", "<turn|>")
@@ -61,9 +63,9 @@ class JsonSchema:
     """The answer is one JSON value that is valid under `schema` (a mapping, or JSON text; kept as JSON text).
 
     Properties come in the schema's order, additional ones behind them. White space is allowed wherever JSON allows
-    it, except before and after the value; `compact` allows none. Strings hold no \\u escapes (so a name can't be
-    spelled in two ways), and `format` is enforced. A schema that uses a keyword which can't be enforced is refused.
-    Raises ValueError.
+    it, except before and after the value; `compact` allows none. `format` is enforced. Strings hold no \\u escapes,
+    unless the schema itself needs control characters. A schema that uses a keyword which can't be enforced is
+    refused. Raises ValueError.
     """
 
     schema: Mapping[str, Any] | str
@@ -86,10 +88,14 @@ class JsonSchema:
     @property
     def lark(self) -> str:
         """The same as a Lark grammar."""
+        # With \\u, an additional property could be spelled like one that has a schema of its own.
         options: dict[str, Any] = {"lenient": False, "json_allowed_escapes": 'nrbtf\\"'}
         if self.compact:
             options["whitespace_flexible"] = False
         schema = json.loads(str(self.schema))
+        if _controls(schema):
+            # llguidance takes a control character that it can't spell for nothing at all.
+            del options["json_allowed_escapes"]
         return "start: %json " + json.dumps({"x-guidance": options, **schema}, ensure_ascii=False)
 
 
@@ -196,6 +202,15 @@ class Grammars:
         place = self._marks.place_after(prompt)
         return Matcher(rules, place, None if grammar is None else self._compile(grammar))
 
+    def of_request(self, request: Request) -> Matcher | None:
+        """The constraint that a request asks for, if any: what a `Scheduler` wants as `constrain`. Raises ValueError."""
+        sampling = request.sampling
+        if sampling.constraint is None:
+            return None
+        if sampling.min_tokens and not isinstance(sampling.constraint, ThinkingBudget):
+            raise ValueError(f"min_tokens is {sampling.min_tokens}, expected 0 with a grammar: it says where to end")
+        return self.start(sampling.constraint, prompt=request.prompt, stop_ids=request.stop_ids)
+
     def _compile(self, spec: Grammar) -> LLMatcher:
         """A matcher at the start of the grammar, never to be moved."""
         if spec in self._compiled:
@@ -220,7 +235,9 @@ class Grammars:
             raise ValueError(f"{field} can't be used: {message.strip()}")
         first = np.frombuffer(matcher.compute_bitmask(), np.uint32)
         if matcher.is_error() or not first.any():
-            raise ValueError(f"{field} can't be used: nothing matches it")
+            message = _error(matcher)
+            nothing = not message or message.startswith("NoExtension")
+            raise ValueError(f"{field} can't be used: {'nothing matches it' if nothing else message}")
         self._compiled[spec] = matcher
         if len(self._compiled) > _CACHED:
             self._compiled.popitem(last=False)
@@ -462,8 +479,7 @@ class Matcher:
         self._matcher.consume_tokens(self._answer)
 
     def _failure(self) -> str:
-        error = "" if self._matcher is None else self._matcher.get_error().removesuffix("<non-verbose/>").strip()
-        return error or "nothing else fits"
+        return ("" if self._matcher is None else _error(self._matcher)) or "nothing else fits"
 
 
 def _parts(spec: object) -> tuple[Grammar | None, int | None]:
@@ -479,14 +495,45 @@ def _parts(spec: object) -> tuple[Grammar | None, int | None]:
 
 def _check_schema(root: Mapping[str, Any]) -> None:
     """Refuse keywords that llguidance would pass over or couldn't keep: it takes an unknown one for an annotation."""
+    controls = _controls(root)
+    for where, schema in _subschemas(root):
+        for key in schema:
+            if key not in _KEYWORDS:
+                raise ValueError(f"schema: the keyword {key!r} at {where} can't be enforced")
+        least, required = schema.get("minProperties", 0), schema.get("required", [])
+        # Additional names may repeat, and repeated names are one property.
+        if isinstance(least, int) and isinstance(required, list) and least > max(1, len(required)):
+            expected = "at most 1, or as many as are required"
+            raise ValueError(f"schema: minProperties {least} at {where} can't be enforced, expected {expected}")
+        named = schema.get("properties") or schema.get("patternProperties")
+        if controls and named and schema.get("additionalProperties") is not False:
+            raise ValueError(
+                f"schema: the names of additional properties at {where} can't be enforced in a schema with control "
+                "characters, expected additionalProperties false"
+            )
+
+
+def _controls(root: Mapping[str, Any]) -> bool:
+    """Whether a schema asks for control characters that only a \\u escape can spell."""
+    if "\\u00" in json.dumps(root, ensure_ascii=False):
+        return True
+    patterns = (p for _, s in _subschemas(root) for p in (s.get("pattern"), *_names(s.get("patternProperties"))))
+    return any(isinstance(p, str) and _CONTROL_ESCAPE.search(p) for p in patterns)
+
+
+def _names(value: object) -> list[str]:
+    return list(value) if isinstance(value, dict) else []
+
+
+def _subschemas(root: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """A schema and all within it that are objects, with their places."""
     todo: list[tuple[str, object]] = [("#", root)]
     while todo:
         where, schema = todo.pop()
         if not isinstance(schema, dict):
             continue  # true, false, or what llguidance refuses
+        yield where, schema
         for key, value in schema.items():
-            if key not in _KEYWORDS:
-                raise ValueError(f"schema: the keyword {key!r} at {where} can't be enforced")
             at = f"{where}/{key}"
             if key in _SCHEMA_MAPS and isinstance(value, dict):
                 todo += [(f"{at}/{name}", part) for name, part in value.items()]
@@ -494,11 +541,6 @@ def _check_schema(root: Mapping[str, Any]) -> None:
                 todo += [(f"{at}/{i}", part) for i, part in enumerate(value)]
             elif key in _SCHEMAS:
                 todo.append((at, value))
-        least, required = schema.get("minProperties", 0), schema.get("required", [])
-        # Additional names may repeat, and repeated names are one property.
-        if isinstance(least, int) and isinstance(required, list) and least > max(1, len(required)):
-            expected = "at most 1, or as many as are required"
-            raise ValueError(f"schema: minProperties {least} at {where} can't be enforced, expected {expected}")
 
 
 def _check_text(name: str, value: object) -> None:
@@ -517,6 +559,11 @@ def _bits(tokens: Collection[int | None], words: int) -> Mask:
         if token is not None:
             mask[token >> 5] |= np.uint32(1 << (token & 31))
     return mask
+
+
+def _error(matcher: LLMatcher) -> str:
+    """llguidance's message; empty where there is no error."""
+    return matcher.get_error().removesuffix("<non-verbose/>").strip()
 
 
 def _shown(value: object) -> str:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -164,8 +165,8 @@ def probe(
 ) -> ProbeResult:
     """Compare blocks with single steps, byte by byte, at all `widths`, for about `seconds` at most.
 
-    Each number of keys gets an equal share of the time. Batches whose K/V would take more than `max_bytes` are skipped. Tokens are random, with a fixed seed. Raises
-    ValueError for blocks longer than the cache's.
+    Each number of keys gets an equal share of the time. Batches whose K/V would take more than `max_bytes` are
+    skipped. Tokens are random, with a fixed seed. Raises ValueError for blocks longer than the cache's.
     """
     if max(widths.blocks) > spec.max_block:
         raise ValueError(f"blocks are {widths.blocks}, expected at most {spec.max_block} tokens")
@@ -296,7 +297,8 @@ def _compared(logits: mx.array, expected: mx.array) -> tuple[list[bool], float]:
     gap = mx.abs(logits.astype(mx.float32) - expected.astype(mx.float32)[None]).max()
     mx.eval(equal, gap)
     same: list[bool] = equal.tolist()  # type: ignore[assignment]
-    return same, float(gap.item())
+    largest: float = gap.item()  # type: ignore[assignment]
+    return same, largest
 
 
 # --- results kept between processes ------------------------------------------------------------------------------
@@ -318,7 +320,7 @@ def fingerprint(arrays: Sequence[mx.array]) -> str:
         middle = a[tuple(slice(n // 2, n // 2 + 4) for n in a.shape)]
         samples.append(mx.contiguous(middle).reshape(-1).view(mx.uint8))
     if samples:
-        digest.update(bytes(memoryview(mx.concatenate(samples))))
+        digest.update(bytes(mx.concatenate(samples).tolist()))  # type: ignore[arg-type]
     return digest.hexdigest()
 
 
@@ -331,7 +333,7 @@ def environment() -> dict[str, Any]:
         "chip": {k: str(v) for k, v in mx.device_info().items() if k in ("architecture", "device_name")},
         "device": str(mx.default_device()),
         "system": [platform.machine(), sys.platform, platform.mac_ver()[0]],
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "package": __version__,
         "preload": os.environ.get("LD_PRELOAD") or os.environ.get("DYLD_INSERT_LIBRARIES") or "",
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefix) and not k.startswith(own)},

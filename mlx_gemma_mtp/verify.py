@@ -45,6 +45,7 @@ _CHUNK = 512
 _SEED = 20_000
 _HIGHEST_RANDOM_ID = 200_000  # above are the marks of images and sounds
 _IMPOSSIBLE = -1e29
+_EPS = {d: float(mx.finfo(d).eps) for d in (mx.float32, mx.bfloat16, mx.float16)}
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
@@ -310,10 +311,15 @@ def rounding(scale: float, dtype: mx.Dtype, layers: int, hidden: int) -> float:
     """
     scale = max(scale, 1.0)
     if dtype != mx.float32:
-        return scale * float(mx.finfo(dtype).eps) * layers**0.5 / 2
+        return scale * _EPS[dtype] * math.sqrt(layers) / 2
     if mx.default_device().type == mx.gpu and os.environ.get("MLX_ENABLE_TF32", "1") != "0":
-        return scale * 2.0**-10 * layers**0.5 / 2
-    return scale * float(mx.finfo(mx.float32).eps) * (layers * hidden) ** 0.5 * 4
+        return scale * 2.0**-10 * math.sqrt(layers) / 2
+    return scale * _EPS[mx.float32] * math.sqrt(layers * hidden) * 4
+
+
+def _number(x: mx.array) -> float:
+    value: float = x.item()  # type: ignore[assignment]
+    return value
 
 
 class Choice:
@@ -363,7 +369,7 @@ class Choice:
         scores = self.scores()
         excluded = bool((mx.minimum(scores[a], scores[b]) < _IMPOSSIBLE).item())
         gap = (self.logits[a] - self.logits[b]) if excluded else (scores[a] - scores[b]) * self.temperature
-        return float(gap.item()), excluded
+        return _number(gap), excluded
 
 
 @dataclass(frozen=True)
@@ -432,7 +438,7 @@ class _Pair:
         if a is None or b is None or a == b:
             return found
         config = self.rt.config
-        scale = float(mx.abs(raw).max().item())
+        scale = _number(mx.abs(raw).max())
         tolerance = rounding(scale, self.dtype, len(config.layers), config.hidden_size)
         margin, excluded = choice.margin(a, b)
         near = choice.within_reach(a, tolerance) and choice.within_reach(b, tolerance)
@@ -445,7 +451,7 @@ class _Pair:
         if output.finish_reason != "stop" or not self.stop_ids:
             return None
         scores = choice.scores()
-        return max(self.stop_ids, key=lambda token: float(scores[token].item()))
+        return max(self.stop_ids, key=lambda token: _number(scores[token]))
 
     def _logits(self, tokens: Sequence[int]) -> mx.array:
         """Logits (V,) after `tokens`."""
