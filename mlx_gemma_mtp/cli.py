@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, cas
 import typer
 from typer.core import TyperGroup
 
+from .convert.cli import ConvertCommand
+from .convert.cli import convert as _convert
+
 if TYPE_CHECKING:
     from .request import FinishReason
     from .runtime import Generation, Runtime, Step, Timing
@@ -165,6 +168,9 @@ def info(
         typer.echo(json.dumps(runtime.info()))
     else:
         _print_tables(runtime.info())
+
+
+app.command(name="convert", cls=ConvertCommand)(_convert)
 
 
 @dataclass(frozen=True, kw_only=True)

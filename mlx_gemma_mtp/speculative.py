@@ -104,7 +104,7 @@ class Speculator:
     def prefill(self, cache: KVCache, tokens: Sequence[int]) -> mx.array:
         """Append a chunk of prompt to a cache of one row; returns the hidden state (1, hidden) of its last token.
 
-        Nothing is fetched; the arrays are queued for evaluation.
+        It is evaluated before it returns: the next chunk's writes would otherwise copy buffers still being read.
         """
         cache.reserve(len(tokens))
         view = cache.view(len(tokens), start=cache.lengths[0])
@@ -112,7 +112,9 @@ class Speculator:
         hidden = self.target(mx.array([tokens], mx.int32), view, last_only=True)[:, -1]
         cache.arrays = view.arrays_after(mx.array([len(tokens)], mx.int32))
         cache.advance([len(tokens)])
-        mx.async_eval(hidden, *cache.arrays)  # type: ignore[no-untyped-call]
+        mx.eval(hidden, *cache.arrays)
+        # Every chunk's scores have a new size: kept for reuse, they would pile up.
+        mx.clear_cache()
         return hidden
 
     def first(self, cache: KVCache, hidden: mx.array, depth: int) -> Round:
@@ -160,7 +162,7 @@ class Speculator:
         mx.eval(fetch, tokens, *cache.arrays)
         rows: list[list[int]] = fetch.tolist()  # type: ignore[assignment]
         counts = [row[-1] for row in rows]
-        cache.advance(counts)
+        cache.advance(counts, block=block.depth + 1)
         return Round(rows, counts, Block(tokens, tuple(min(d, depth) for d in depths)))
 
     def _depth(self, depth: int) -> int:
