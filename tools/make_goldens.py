@@ -243,9 +243,7 @@ def record(oracle: Oracle, tokens: list[int]) -> tuple[dict[str, Any], torch.Ten
     return kept, reading.logits[:length]
 
 
-def _rounds(
-    oracle: Oracle, reading: Reading, tokens: list[int], greedy: list[int]
-) -> tuple[list[int], float]:
+def _rounds(oracle: Oracle, reading: Reading, tokens: list[int], greedy: list[int]) -> tuple[list[int], float]:
     """Drafts accepted in each round of depth `ROUND_DEPTH` while whole rounds fit, and the smallest margin.
 
     Positions are length - 1, and a round sees the keys of exactly the tokens before it.
@@ -379,9 +377,8 @@ def _gap(scores: torch.Tensor, count: int) -> float:
 
 def _to_json(golden: dict[str, Any]) -> str:
     """JSON with one line for each list of numbers."""
-    return (
-        re.sub(r"\[[^][{}]*\]", lambda found: "".join(found[0].split()), json.dumps(golden, indent=1)) + "\n"
-    )
+    text = json.dumps(golden, indent=1)
+    return re.sub(r"\[[^][{}]*\]", lambda found: "".join(found[0].split()), text) + "\n"
 
 
 def main() -> None:
