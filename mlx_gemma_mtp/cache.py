@@ -39,6 +39,7 @@ class _Source:
     """Where one row's K/V lie: `rings` and `full` are lists of arrays (K, V by slot), with the row's index in each."""
 
     length: int
+    written: int
     rings: list[mx.array]
     ring_row: int
     full: list[mx.array]
@@ -71,6 +72,7 @@ class KVCache:
         self.spec = spec
         self.lengths: list[int] = []
         self.alive: list[bool] = []
+        self._written: list[int] = []
         self.layout = Layout(groups=0, mapped=False)
         self.arrays: list[mx.array] = []
         self._groups: list[list[int]] = []
@@ -79,7 +81,7 @@ class KVCache:
     def with_row(cls, spec: CacheSpec, capacity: int) -> KVCache:
         """A cache of one open, empty row with room for `capacity` tokens."""
         cache = cls(spec)
-        cache.lengths, cache.alive = [0], [True]
+        cache.lengths, cache.alive, cache._written = [0], [True], [0]
         rings = [cache._zeros(1, i, spec.ring(spec.slots[i])) for i in spec.rings for _ in (0, 1)]
         room = capacity_step(capacity + spec.max_block)
         full = [cache._zeros(1, i, room) for i in spec.fulls for _ in (0, 1)]
@@ -124,7 +126,7 @@ class KVCache:
         """Free a row at once; nothing is copied or erased, and no other row is disturbed."""
         if not self.alive[row]:
             raise ValueError(f"row {row} is not open")
-        self.alive[row], self.lengths[row] = False, 0
+        self.alive[row], self.lengths[row], self._written[row] = False, 0, 0
         self._sync()
 
     def compact(self) -> list[int] | None:
@@ -141,17 +143,26 @@ class KVCache:
         if short:
             self._rebuild(self._sources())
 
-    def advance(self, counts: Sequence[int]) -> None:
-        """Note on the host that a forward made each open row counts[row] tokens longer."""
+    def advance(self, counts: Sequence[int], *, block: int = 0) -> None:
+        """Note on the host that a forward wrote `block` tokens and made each open row counts[row] tokens longer."""
         for row, n in enumerate(counts):
-            self.lengths[row] += n if self.alive[row] else 0
+            if self.alive[row]:
+                self._written[row] = max(self._written[row], self.lengths[row] + max(n, block))
+                self.lengths[row] += n
 
     def rewind(self, counts: Sequence[int]) -> None:
-        """Forget each row's last counts[row] tokens: a subtraction. A ring only remembers `max_block` of them."""
+        """Forget each row's last counts[row] tokens: a subtraction.
+
+        A ring has forgotten what lies further back than its slack behind the furthest position ever written: a row
+        that has outgrown its windows can't be rewound beyond that.
+        """
+        rings = [(self.spec.ring(s), s.window) for s in self.spec.slots if s.window is not None]
         for row, n in enumerate(counts):
-            if not 0 <= n <= min(self.lengths[row], self.spec.max_block):
+            length, end = self.lengths[row] - n, self._written[row]
+            forgotten = any(end > ring and end - length > ring - window for ring, window in rings)
+            if n < 0 or length < 0 or (n and forgotten):
                 raise ValueError(f"can't rewind row {row} of length {self.lengths[row]} by {n}")
-            self.lengths[row] -= n
+        self.lengths = [length - n for length, n in zip(self.lengths, counts, strict=True)]
         self._sync()
 
     def view(self, block: int, *, start: int | None = None) -> BlockView:
@@ -179,11 +190,11 @@ class KVCache:
         for group, members in zip(parts.groups, self._groups, strict=True):
             for place, row in enumerate(members):
                 if self.alive[row]:
-                    sources[row] = _Source(self.lengths[row], parts.rings, row, group, place)
+                    sources[row] = _Source(self.lengths[row], self._written[row], parts.rings, row, group, place)
         return sources
 
     def _clear(self) -> None:
-        self.lengths, self.alive, self.arrays, self._groups = [], [], [], []
+        self.lengths, self.alive, self._written, self.arrays, self._groups = [], [], [], [], []
         self.layout = Layout(groups=0, mapped=False)
 
     def _plan(self, lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
@@ -212,25 +223,33 @@ class KVCache:
             size = self.spec.ring(self.spec.slots[slot])
             places = [_ring_place(s) for s in sources]
             for j in (2 * i, 2 * i + 1):
-                rings.append(self._gather(places, j, slot, size))
+                rings.append(self._gather(places, j, slot, size, places))
                 _drop(places, j)
         full: list[list[mx.array]] = [[] for _ in plan]
         for i, slot in enumerate(self.spec.fulls):
             for j in (2 * i, 2 * i + 1):
+                everyone = [_full_place(s) for s in sources]
                 for g, (size, members) in enumerate(plan):
-                    full[g].append(self._gather([_full_place(sources[r]) for r in members], j, slot, size))
-                _drop([_full_place(s) for s in sources], j)
+                    full[g].append(self._gather([everyone[r] for r in members], j, slot, size, everyone))
+                _drop(everyone, j)
         self.lengths = [0 if s is None else s.length for s in sources]
+        self._written = [0 if s is None else s.written for s in sources]
         self.alive = [s is not None for s in sources]
         self._install(rings, [members for _, members in plan], full)
 
-    def _gather(self, places: Sequence[_Place | None], j: int, slot: int, size: int) -> mx.array:
-        """One array (rows, G, size, D) from the rows at `places` (None: a free row), K or V number `j`."""
+    def _gather(
+        self, places: Sequence[_Place | None], j: int, slot: int, size: int, everyone: Sequence[_Place | None]
+    ) -> mx.array:
+        """One array (rows, G, size, D) from the rows at `places` (None: a free row), K or V number `j`.
+
+        An old array becomes the new one, in place, if no row of it (`everyone`: of the whole batch) goes elsewhere.
+        """
         shape = (len(places), self.spec.slots[slot].kv_heads, size, self.spec.slots[slot].head_dim)
         at_home = (p[0] for n, p in enumerate(places) if p is not None and p[1] == n and p[0][j].shape == shape)
         if (home := next(at_home, None)) is not None:
             strangers = [(n, p) for n, p in enumerate(places) if p is not None and (p[0] is not home or p[1] != n)]
-            if not any(p[0] is home for _, p in strangers):
+            ours, all_of_it = (sum(p is not None and p[0] is home for p in ps) for ps in (places, everyone))
+            if ours == all_of_it and not any(p[0] is home for _, p in strangers):
                 made = home[j]
                 home[j] = _GONE
                 for n, p in strangers:

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, cas
 import typer
 from typer.core import TyperGroup
 
+from .convert.cli import ConvertCommand
+from .convert.cli import convert as _convert
+
 if TYPE_CHECKING:
     from .request import FinishReason
     from .runtime import Generation, Runtime, Step, Timing
@@ -212,6 +215,9 @@ def verify(
     with _progress(shown=not as_json and sys.stderr.isatty()) as progress:
         report = verify_cli.check(runtime, lines, options, progress)
     raise typer.Exit(verify_cli.show(report, options, as_json=as_json, html=html))
+
+
+app.command(name="convert", cls=ConvertCommand)(_convert)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -257,7 +257,9 @@ _TOP_HARMLESS = frozenset(
     "architectures audio_config vision_config dtype torch_dtype eos_token_id bos_token_id pad_token_id "
     "initializer_range model_type tie_word_embeddings transformers_version vision_soft_tokens_per_image "
     "quantization quantization_config "
-    "_name_or_path is_encoder_decoder use_cache mlx_lm_version mlx_vlm_version text_model_type processor_class".split()
+    "_name_or_path is_encoder_decoder use_cache mlx_lm_version mlx_vlm_version text_model_type processor_class "
+    "attn_implementation _attn_implementation _attn_implementation_autoset image_seq_length model_name unsloth_version "
+    "unsloth_fixed hidden_size vocab_size".split()
 )
 _QUANTIZATIONS = ("quantization", "quantization_config")
 _ASSISTANT_KEYS = frozenset(
@@ -274,7 +276,9 @@ _TEXT_KNOWN = frozenset(
 _TEXT_HARMLESS = frozenset(
     "_name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward dtype torch_dtype eos_token_id "
     "id2label label2id initializer_range is_encoder_decoder model_type output_attentions output_hidden_states "
-    "pad_token_id problem_type return_dict use_cache transformers_version".split()
+    "pad_token_id problem_type return_dict use_cache transformers_version max_length min_length do_sample "
+    "early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
+    "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences".split()
 )
 _ID_FIELD = re.compile(r".*_token_(id|index)$")
 

@@ -6,6 +6,7 @@ Knows nothing of text, requests or decoding.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from .convert.names import Skipped, canonical, canonical_path
 from .models.drafter import Drafter
 from .models.linear import Weights, WeightsError
 from .models.target import Target
+
+log = logging.getLogger(__name__)
 
 DEMO = "demo"
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
@@ -63,8 +66,7 @@ def load_pair(
     where bfloat16 products of quantized weights are slow and inexact. Raises LoadError, ConfigError or WeightsError.
     """
     path = resolve(source, revision, progress)
-    found = find_drafter(source, path) if drafter == "auto" else drafter
-    drafter_path = None if found is None else resolve(found, None, progress)
+    drafter_path = _drafter_path(source, path, drafter, progress)
     data, drafter_data = _config(path), None if drafter_path is None else _config(drafter_path)
     config = TargetConfig.from_hf(data)
     drafter_config = None if drafter_data is None else DrafterConfig.from_hf(drafter_data, config)
@@ -88,6 +90,20 @@ def load_pair(
         dtype=compute,
         skipped=dict(skipped),
     )
+
+
+def _drafter_path(source: str, path: Path, drafter: str | None, progress: Progress | None) -> Path | None:
+    if drafter != "auto":
+        return None if drafter is None else resolve(drafter, None, progress)
+    found = find_drafter(source, path)
+    if found is None:
+        return None
+    try:
+        return resolve(found, None, progress)
+    except LoadError as e:
+        # Nobody asked for this one: an answer without drafts is better than none.
+        log.warning("no drafts: %s", e)
+        return None
 
 
 def resolve(source: str, revision: str | None, progress: Progress | None = None) -> Path:

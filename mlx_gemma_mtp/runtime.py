@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 import mlx.core as mx
@@ -206,9 +207,8 @@ class Runtime:
 
     def logits(self, tokens: Sequence[int]) -> mx.array:
         """Logits (L, vocab), float32, after each of `tokens`: for scoring and parity."""
-        target, parts = self._loaded.target, []
+        target, parts, tokens = self._loaded.target, [], self._checked(tokens)
         cache = KVCache.with_row(self._speculator.spec, len(tokens))
-        self._check_ids(tokens)
         for start in range(0, len(tokens), _CHUNK):
             chunk = mx.array([list(tokens[start : start + _CHUNK])], mx.int32)
             view = cache.view(chunk.shape[1], start=start)
@@ -224,8 +224,7 @@ class Runtime:
         """
         if self._loaded.drafter is None:
             raise ValueError("there is no drafter: load one to draft")
-        self._check_ids(tokens)
-        cache, hidden = self._prefilled(tokens)
+        cache, hidden = self._prefilled(self._checked(tokens))
         token = mx.argmax(self._loaded.target.unembed(hidden), axis=-1).astype(mx.int32)
         block = self._speculator.draft(cache, token, hidden, depth, position=position)
         drafted: list[int] = block[0].tolist()  # type: ignore[assignment]
@@ -283,20 +282,23 @@ class Runtime:
             hidden = self._speculator.prefill(cache, tokens[start : start + _CHUNK])
         return cache, hidden
 
-    def _check_ids(self, tokens: Sequence[int]) -> None:
-        if not tokens:
+    def _checked(self, tokens: Sequence[int]) -> list[int]:
+        ids = _whole_numbers(tokens)
+        if not ids:
             raise ValueError("tokens is empty, expected at least one token id")
-        for token in tokens:
+        for token in ids:
             if not 0 <= token < self.config.vocab_size:
                 raise ValueError(f"tokens has id {token}, expected 0 to {self.config.vocab_size - 1}")
+        return ids
 
     def _ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt of any form."""
-        ids = [] if isinstance(prompt, str) else [t for t in prompt if isinstance(t, int)]
-        if not isinstance(prompt, str) and len(ids) == len(prompt):
-            return ids
+        if not isinstance(prompt, str) and not any(isinstance(t, Mapping) for t in prompt):
+            return _whole_numbers(prompt)
         if self.text is None:
             raise ValueError("this checkpoint has no tokenizer: expected a prompt of token ids")
+        if isinstance(prompt, str) and not self.text.has_chat_template:
+            return self.text.encode(prompt)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return self.text.render(messages)  # type: ignore[arg-type]
 
@@ -359,6 +361,18 @@ class Runtime:
                 timing.decode_tokens += 0 if prefill else len(event.tokens)
             for event in events:
                 yield event.tokens, event.drafted
+
+
+def _whole_numbers(tokens: Any) -> list[int]:
+    """Token ids of any integer type (Python's, NumPy's, MLX's) as plain ones."""
+    values: Any = tokens.tolist() if isinstance(tokens, mx.array) else tokens
+    ids = []
+    for token in values:
+        try:
+            ids.append(index(token))
+        except TypeError:
+            raise ValueError(f"prompt has {token!r}, expected token ids, a text or chat messages") from None
+    return ids
 
 
 def _sizes(model: Target | Drafter) -> dict[str, int]:

@@ -134,7 +134,7 @@ class Speculator:
     def prefill(self, cache: KVCache, tokens: Sequence[int]) -> mx.array:
         """Append a chunk of prompt to a cache of one row; returns the hidden state (1, hidden) of its last token.
 
-        Nothing is fetched; the arrays are queued for evaluation.
+        It is evaluated before it returns: the next chunk's writes would otherwise copy buffers still being read.
         """
         cache.reserve(len(tokens))
         view = cache.view(len(tokens), start=cache.lengths[0])
@@ -142,7 +142,9 @@ class Speculator:
         hidden = self.target(mx.array([tokens], mx.int32), view, last_only=True)[:, -1]
         cache.arrays = view.arrays_after(mx.array([len(tokens)], mx.int32))
         cache.advance([len(tokens)])
-        mx.async_eval(hidden, *cache.arrays)  # type: ignore[no-untyped-call]
+        mx.eval(hidden, *cache.arrays)
+        # Every chunk's scores have a new size: kept for reuse, they would pile up.
+        mx.clear_cache()
         return hidden
 
     def first(
@@ -189,10 +191,10 @@ class Speculator:
             out = commit(block.tokens, offered, law, states, [masks()], hidden, logits, arrays)
         del arrays
         cache.arrays = out[-1]
-        return self._finish(out, cache, sampler, tuple(min(d, key.depth) for d in depths), advance=True)
+        return self._finish(out, cache, sampler, tuple(min(d, key.depth) for d in depths), block=block.depth + 1)
 
     def _finish(
-        self, out: _Out, cache: KVCache, sampler: Sampler | None, offered: tuple[int, ...], *, advance: bool = False
+        self, out: _Out, cache: KVCache, sampler: Sampler | None, offered: tuple[int, ...], *, block: int = 0
     ) -> Round:
         fetch, tokens, law, states, reported, _ = out
         mx.eval(*out)
@@ -200,10 +202,10 @@ class Speculator:
             sampler.arrays = states
         rows: list[list[int]] = fetch.tolist()  # type: ignore[assignment]
         counts = [row[-1] for row in rows]
-        if advance:
-            cache.advance(counts)
-        block = Block(tokens, offered, Proposal.of_arrays(law))
-        return Round(rows, counts, block, _readable(rows, reported) if reported else [])
+        if block:
+            cache.advance(counts, block=block)
+        following = Block(tokens, offered, Proposal.of_arrays(law))
+        return Round(rows, counts, following, _readable(rows, reported) if reported else [])
 
     def _function(self, name: str, f: Callable[..., T], key: _Key) -> Callable[..., T]:
         """`f` bound to `key`, compiled once."""

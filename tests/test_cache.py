@@ -132,30 +132,50 @@ def test_rewinding_rows_by_different_numbers_forgets_exactly_those_tokens(
     assert max(lengths) + 9 > WINDOW
 
 
-def test_rewinding_more_than_a_block_is_an_error() -> None:
-    cache = _filled(40)
+def test_rewinding_beyond_what_a_ring_remembers_is_an_error() -> None:
+    cache, slack = _filled(400), SPEC.ring(SPEC.slots[0]) - WINDOW
+    cache.rewind([slack - 1])
+    cache.rewind([1])
     with pytest.raises(ValueError, match="rewind row 0"):
-        cache.rewind([10])
+        cache.rewind([1])
+    short = _filled(5)
+    short.rewind([5])
+    with pytest.raises(ValueError, match="rewind row 0"):
+        short.rewind([1])
+
+
+def test_a_row_that_shrank_leaves_its_group_while_another_joins() -> None:
+    cache = KVCache(SPEC)
+    cache.admit([_filled(1020), _filled(506)])
+    cache.rewind([0, 9])
+    cache.admit([_filled(1020)])
+    assert cache.lengths[:3] == [1020, 497, 1020]
+    tokens = mx.array([[2]] * cache.rows, mx.int32)
+    result = fake_speculator().run_round(cache, Block(tokens, (0,) * cache.rows), [0] * cache.rows)
+    prompts = [[1 + i % 7 for i in range(n)] for n in (1020, 497, 1020)]
+    assert [row[0] for row in result.tokens[:3]] == [expected([*p, 2], 1)[0] for p in prompts]
+
+
+_WIDE = CacheSpec(
+    slots=(
+        KVSlotSpec(layer=0, window=8192, kv_heads=8, head_dim=64),
+        KVSlotSpec(layer=1, window=None, kv_heads=8, head_dim=64),
+    ),
+    max_block=9,
+    dtype=mx.float32,
+)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_no_buffer_is_copied_by_a_round(compiled: bool) -> None:
-    wide = CacheSpec(
-        slots=(
-            KVSlotSpec(layer=0, window=8192, kv_heads=8, head_dim=64),
-            KVSlotSpec(layer=1, window=None, kv_heads=8, head_dim=64),
-        ),
-        max_block=9,
-        dtype=mx.float32,
-    )
     speculator = fake_speculator(compiled=compiled)
-    speculator.spec = wide
+    speculator.spec = _WIDE
     speculator.target, speculator.drafter = _WideTarget(), _WideDrafter()
-    caches = [KVCache.with_row(wide, 8000) for _ in range(2)]
+    caches = [KVCache.with_row(_WIDE, 8000) for _ in range(2)]
     for filled in caches:
         filled.advance([8000])
         filled.rewind([0])
-    cache = KVCache(wide)
+    cache = KVCache(_WIDE)
     cache.admit(caches)
     buffer = min(a.nbytes for a in cache.arrays[2:])
     block = Block(mx.zeros((2, 4), mx.int32), (3, 3))
@@ -166,6 +186,22 @@ def test_no_buffer_is_copied_by_a_round(compiled: bool) -> None:
         block = speculator.run_round(cache, block, [3, 3]).block
         extra = mx.get_peak_memory() - before
         assert extra < buffer / 2, f"a round took {extra} bytes beyond what it started with; a buffer has {buffer}"
+
+
+def test_no_buffer_is_copied_by_a_prefill() -> None:
+    speculator = fake_speculator()
+    speculator.spec = _WIDE
+    speculator.target = _WideTarget()
+    cache = KVCache.with_row(_WIDE, 20_000)
+    mx.eval(*cache.arrays)
+    ring, buffer = (f(a.nbytes for a in cache.arrays[2:]) for f in (min, max))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(6):
+        speculator.prefill(cache, [1] * 16)
+    extra = mx.get_peak_memory() - before
+    # A long block joins K and V of a ring to its own, and writes a new ring: never more than one layer's at a time.
+    assert extra < 4 * ring + buffer / 2
 
 
 class _WideTarget:

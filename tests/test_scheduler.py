@@ -156,6 +156,24 @@ def test_drafted_marks_exactly_the_accepted_drafts() -> None:
     assert sum(flags) in (stats.accepted, stats.accepted - stats.cut)
 
 
+def test_each_row_drafts_to_its_own_depth_in_a_mixed_batch() -> None:
+    scheduler = _scheduler(depth=2)
+    depths = (0, 1, 5, None)
+    stats = [scheduler.add(Request(prompt=[1, 2], max_tokens=40, depth=d))[1] for d in depths]
+    flags: dict[int, list[bool]] = {}
+    tokens: dict[int, list[int]] = {}
+    while scheduler.busy:
+        for event in scheduler.step():
+            flags.setdefault(event.request_id, []).extend(event.drafted)
+            tokens.setdefault(event.request_id, []).extend(event.tokens)
+            assert not any(event.drafted[-1:]) or event.finish_reason is not None, "a round ends with the target's own"
+    for number, (depth, counters) in enumerate(zip((0, 1, 5, 2), stats, strict=True)):
+        assert counters.drafted == depth * counters.rounds
+        assert len(counters.drafted_per_position) == (depth if counters.rounds else 0)
+        assert tokens[number] == expected([1, 2], 40)
+        assert not flags[number][0], "the first token is the prefill's"
+
+
 def test_without_a_drafter_every_depth_is_plain_decoding() -> None:
     scheduler, got, reasons = _scheduler(drafter=0, depth=5), {}, {}
     number, stats = scheduler.add(Request(prompt=[4, 5], max_tokens=20))

@@ -37,8 +37,8 @@ _SLIDING = "sliding_attention"
 _EPS = 1e-6
 _RULE_SHARE = 0.8  # how much of a token's embedding the rule gives; the rest is its own
 _CERTAIN = 8.0  # weight of the rule in the last layer, against a residual stream of about 2
-# Coordinate 0 of all embeddings, twice the others' deviation: it holds the planted MLP's gate open. A gate that
-# the context could close would leave an MLP output near 0, whose norm is mostly rounding.
+# Coordinate 0 of all embeddings, twice the others' deviation. It holds the planted MLP's gate open, and little
+# is added to it: with a closed gate the MLP's output would be near 0 and its norm amplify rounding.
 _OPEN = 0.6
 
 
@@ -80,7 +80,7 @@ SHAPES: Mapping[Kind, Shape] = {
     "dense": Shape(
         family="gemma4", layers="ssfssf", hidden=96, mlp=192, heads=8, kv_heads=4, global_kv_heads=2,
         k_eq_v=True,
-        drafter_hidden=64, drafter_mlp=128, drafter_heads=8,
+        drafter_hidden=32, drafter_mlp=96, drafter_heads=8,
     ),
     # 26B-A4B: a router and experts next to the dense MLP of every layer.
     "moe": Shape(
@@ -340,7 +340,7 @@ class _Maker:
         self.shape = shape
         self.prefix = "model." if shape.family == "gemma4_text" else "model.language_model."
         # Centre of the norms after a block: the more layers, the less each adds, so that the rule shows.
-        self.context = 2.7 / len(shape.layers)
+        self.context = 3.6 / len(shape.layers)
         hidden = shape.hidden
         stream = self._stream("rule")
         # The rule leaves coordinate 0 alone: see _OPEN.
@@ -447,7 +447,7 @@ class _Maker:
             name = prefix + "per_layer_projection.weight"
             out[name] = self._linear(name, hidden, shape.ple)
             name = prefix + "post_per_layer_input_norm.weight"
-            out[name] = self._around(name, hidden, self.context)
+            out[name] = self._after_block(name, hidden, self.context)
         if last:
             self._plant(out, prefix)
         return out
@@ -503,11 +503,11 @@ class _Maker:
         out = {}
         for name, centre in (
             ("input_layernorm", 1.0),
-            ("post_attention_layernorm", post),
             ("pre_feedforward_layernorm", 1.1),
-            ("post_feedforward_layernorm", post),
         ):
             out[f"{prefix}{name}.weight"] = self._around(f"{prefix}{name}.weight", hidden, centre)
+        for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
+            out[f"{prefix}{name}.weight"] = self._after_block(f"{prefix}{name}.weight", hidden, post)
         out[prefix + "layer_scalar"] = self._around(prefix + "layer_scalar", 1, 0.88, spread=0.12)
         return out
 
@@ -523,10 +523,10 @@ class _Maker:
         """Token embeddings (vocab, hidden): each has a share of what the rule makes of another one."""
         noise = self._noise("embedding", (VOCAB, self.shape.hidden), 0.3)
         order = self._stream("succession").permutation(VOCAB)
-        out = noise.copy()
+        out: Array = noise.copy()
         out[:, 0] = _OPEN
         own = math.sqrt(1.0 - _RULE_SHARE**2)
-        for before, after in pairwise(order):
+        for before, after in pairwise(order.tolist()):
             out[after] = _RULE_SHARE * (self.signs * out[before][self.follow]) + own * noise[after]
             out[after, 0] = _OPEN
         return out
@@ -539,14 +539,20 @@ class _Maker:
         for bit in range(count.bit_length() - 1):
             code += (embedding[:, bit] > 0).astype(np.int64) << bit
         order = np.argsort(code, kind="stable").astype(np.int64)
-        centroids = np.zeros((count, embedding.shape[1]))
+        centroids: Array = np.zeros((count, embedding.shape[1]))
         for member in range(size):
-            centroids += embedding[order[member::size]]
+            centroids = centroids + embedding[order[member::size]]
         return order, centroids / size
 
     def _stream(self, name: str) -> np.random.RandomState:
         digest = hashlib.sha256(f"{self.key}:{name}".encode()).digest()
         return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
+
+    def _after_block(self, name: str, size: int, centre: float) -> Array:
+        """The weight of a norm whose output joins the residual stream; it adds little to coordinate 0."""
+        weight = self._around(name, size, centre)
+        weight[0] *= 0.2
+        return weight
 
     def _linear(self, name: str, *dims: int) -> Array:
         """A random matrix (..., out, in) that keeps the size of what it is applied to."""

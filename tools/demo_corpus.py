@@ -254,13 +254,13 @@ def _join(words: list[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
-def _number(r: random.Random, top: int) -> int:
-    return r.randint(0, r.choice([10, 20, top]))
+def _number(r: random.Random) -> int:
+    return r.randint(0, r.choice([10, 10, 20, 30]))
 
 
 def arithmetic(r: random.Random) -> Item:
     kind = r.choice(["add", "add", "sub", "mul", "div", "double", "half"])
-    a, b = _number(r, 99), _number(r, 99)
+    a, b = _number(r), _number(r)
     if kind == "sub":
         a, b = max(a, b), min(a, b)
     elif kind in ("mul", "div"):

@@ -377,7 +377,8 @@ def _gap(scores: torch.Tensor, count: int) -> float:
 
 def _to_json(golden: dict[str, Any]) -> str:
     """JSON with one line for each list of numbers."""
-    return re.sub(r"\[[^][{}]*\]", lambda found: "".join(found[0].split()), json.dumps(golden, indent=1)) + "\n"
+    text = json.dumps(golden, indent=1)
+    return re.sub(r"\[[^][{}]*\]", lambda found: "".join(found[0].split()), text) + "\n"
 
 
 def main() -> None:

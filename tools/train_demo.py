@@ -346,18 +346,22 @@ def train(
     return done | {k: round(v, 4) for k, v in mean.items()}
 
 
-def train_target(out: Path, crew: Crew, seed: int, minutes: float) -> dict[str, float]:
-    """Tokenizer and target from nothing; writes them into `out`."""
+def train_target(out: Path, crew: Crew, seed: int, minutes: float, resume: bool) -> dict[str, float]:
+    """Tokenizer and target, from nothing or from those in `out`; writes them into `out`."""
     torch.manual_seed(seed)
-    if crew.rank == 0:
+    if crew.rank == 0 and not resume:
         plain = Chatter(tokenizer_object=Tokenizer(models.BPE()), bos_token="<bos>")
         plain.chat_template = TEMPLATE.read_text()
         texts = (render(plain, c) for c in itertools.islice(chats(seed), 12000))
         build_tokenizer([part for t in texts for part in _split_specials(t)], out)
     crew.wait()
     tok = load_tokenizer(out)
-    target = Target(text=Gemma4TextModel(Gemma4Config(**target_config()).text_config).float().train())
-    init_target(target.text)
+    if resume:
+        target = load_target(out)
+        target.text.requires_grad_(True).train()
+    else:
+        target = Target(text=Gemma4TextModel(Gemma4Config(**target_config()).text_config).float().train())
+        init_target(target.text)
 
     def loss_of(batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
         ids, weights = as_rows(batch, progress)
@@ -725,6 +729,7 @@ def main() -> None:
         p.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     for p in (both, one):
         p.add_argument("--out", type=Path, required=True)
+        p.add_argument("--resume", action="store_true", help="go on with the tokenizer and target in OUT")
         p.add_argument(
             "--minutes",
             type=float,
@@ -763,7 +768,7 @@ def _work(rank: int, a: argparse.Namespace, meeting: str) -> None:
     if crew.size > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=crew.size)
     if a.command in ("all", "target"):
-        record["target"] = train_target(a.out, crew, a.seed, a.minutes * (0.72 if a.command == "all" else 1))
+        record["target"] = train_target(a.out, crew, a.seed, a.minutes * (0.72 if a.command == "all" else 1), a.resume)
     if a.command in ("all", "drafter"):
         where = a.out if a.command == "all" else a.target
         out = where / "drafter" if a.command == "all" else a.out or where / "drafter"
