@@ -203,7 +203,7 @@ class Grammars:
         return Matcher(rules, place, None if grammar is None else self._compile(grammar))
 
     def of_request(self, request: Request) -> Matcher | None:
-        """The constraint that a request asks for, if any: what a `Scheduler` wants as `constrain`. Raises ValueError."""
+        """The constraint that a request asks for, if any: a `Scheduler`'s `constrain`. Raises ValueError."""
         sampling = request.sampling
         if sampling.constraint is None:
             return None

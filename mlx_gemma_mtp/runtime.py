@@ -13,11 +13,13 @@ import mlx.core as mx
 
 from .cache import KVCache
 from .config import LayerSpec
+from .constraints import Grammars
 from .depth import parse_depth
 from .loading import Loaded, Progress, load_pair
 from .models.drafter import Drafter
 from .models.target import Target
 from .request import Contract, FinishReason, Request, SamplingParams, TokenLogprob
+from .sampling import Constraint
 from .scheduler import Scheduler
 from .speculative import MAX_DEPTH, Speculator
 from .stats import SpecStats
@@ -125,6 +127,7 @@ class Runtime:
         self._loaded = loaded
         self.config, self.drafter_config = loaded.config, loaded.drafter_config
         self.text = TextCodec.from_directory(loaded.path)
+        self._grammars: Grammars | None = None
         self._stop_ids = read_stop_ids(loaded.path) if self.text is None else self.text.stop_ids
         spec = CacheSpec(slots=self.config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
         self._speculator = Speculator(
@@ -273,6 +276,16 @@ class Runtime:
             }
         return out
 
+    def _constrain(self, request: Request) -> Constraint | None:
+        """The constraint of a request, started for its output."""
+        if request.sampling.constraint is None:
+            return None
+        if self.text is None:
+            raise ValueError(f"constraint is {request.sampling.constraint!r}, but this checkpoint has no tokenizer")
+        if self._grammars is None:
+            self._grammars = Grammars(self.text, self.config.vocab_size, self._stop_ids)
+        return self._grammars.of_request(request)
+
     def _read_by(self, layer: LayerSpec) -> int:
         return self.config.kv_slots[layer.kv_slot].layer
 
@@ -325,6 +338,7 @@ class Runtime:
             depth=parse_depth(depth),
             max_batch=max_batch or max(len(prompts), 1),
             chunk=_CHUNK,
+            constrain=self._constrain,
         )
         timing, by_id = Timing(), {}
         for i, (ids, output, p) in enumerate(zip(prompts, outputs, params, strict=True)):
