@@ -22,7 +22,7 @@ from .convert.cli import ConvertCommand
 from .convert.cli import convert as _convert
 
 if TYPE_CHECKING:
-    from .request import FinishReason
+    from .request import FinishReason, SamplingParams
     from .runtime import Generation, Runtime, Step, Timing
     from .stats import SpecStats
     from .text import Piece
@@ -72,6 +72,11 @@ DrafterOption = Annotated[
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 DtypeOption = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; the checkpoint's own.")]
 DepthOption = Annotated[str, typer.Option(metavar="N|auto", help="Tokens to draft per round; 0: none.")]
+TemperatureOption = Annotated[float, typer.Option(help="0: always the likeliest token.")]
+TopKOption = Annotated[int, typer.Option(help="Draw from the K likeliest tokens only; 0: from all.")]
+TopPOption = Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this share.")]
+MinPOption = Annotated[float, typer.Option(help="Draw only tokens at least this likely beside the likeliest.")]
+SeedOption = Annotated[int | None, typer.Option(help="Sampled output comes again, the same at every depth.")]
 SystemOption = Annotated[str | None, typer.Option(help="System message.")]
 ThinkingOption = Annotated[bool, typer.Option("--thinking/--no-thinking", help="Let the model think first.")]
 HighlightOption = Annotated[bool, typer.Option("--highlight", help="Colour the accepted drafts.")]
@@ -114,13 +119,19 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: the text as it is.")] = False,
     system: SystemOption = None,
     thinking: ThinkingOption = False,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    seed: SeedOption = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")] = False,
     highlight: HighlightOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer one prompt. The answer comes on stdout as it is made, then a summary on stderr."""
     _refuse_together({"--highlight": highlight, "--json": as_json})
-    limits = _Limits(max_tokens=max_tokens, depth=_depth(depth), ignore_eos=ignore_eos)
+    sampling = _sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    limits = _Limits(max_tokens=max_tokens, depth=_depth(depth), ignore_eos=ignore_eos, sampling=sampling)
     ask = _ask(text, prompt, tokens, raw=raw, system=system, thinking=thinking)
     source = _Source(model=model, drafter=drafter, revision=revision, dtype=dtype)
     runtime = _open(source, quiet=as_json)
@@ -142,12 +153,18 @@ def chat(
     dtype: DtypeOption = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Per answer.")] = 1024,
     depth: DepthOption = "auto",
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    seed: SeedOption = None,
     system: SystemOption = None,
     thinking: ThinkingOption = False,
     highlight: HighlightOption = False,
 ) -> None:
     """Hold a conversation. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves."""
-    limits = _Limits(max_tokens=max_tokens, depth=_depth(depth), ignore_eos=False)
+    sampling = _sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    limits = _Limits(max_tokens=max_tokens, depth=_depth(depth), ignore_eos=False, sampling=sampling)
     runtime = _open(_Source(model=model, drafter=drafter, revision=revision, dtype=dtype), quiet=False)
     if runtime.text is None or not runtime.text.has_chat_template:
         lacks = "tokenizer" if runtime.text is None else "chat template"
@@ -233,9 +250,20 @@ class _Limits:
     max_tokens: int
     depth: int | Literal["auto"]
     ignore_eos: bool
+    sampling: SamplingParams
 
     def arguments(self) -> dict[str, Any]:
-        return {"max_tokens": self.max_tokens, "depth": self.depth, "ignore_eos": self.ignore_eos}
+        given = {"max_tokens": self.max_tokens, "depth": self.depth, "ignore_eos": self.ignore_eos}
+        return {**given, "sampling": self.sampling}
+
+
+def _sampling(**given: Any) -> SamplingParams:
+    from .request import SamplingParams
+
+    try:
+        return SamplingParams(**given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,6 +408,7 @@ def _record(result: Generation, runtime: Runtime, source: _Source, limits: _Limi
         "text": result.text,
         **({} if result.thinking is None else {"thinking": result.thinking}),
         "finish_reason": result.finish_reason,
+        "contract": result.contract,
         "stats": result.stats.to_dict(),
         "timing": result.timing.to_dict(),
     }

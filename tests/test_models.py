@@ -141,7 +141,7 @@ def test_centroid_head_of_a_quantized_embedding(spec: QuantSpec) -> None:
 
 def check_head(head: CentroidHead, x: mx.array, embedding: Array, centroids: Array, clusters: Array, top: int) -> None:
     expected = over_the_vocabulary(wide(x), embedding, centroids, clusters, top)
-    scores, ids = head.candidates(x)
+    scores, ids = head.scores(x)
     assert scores.shape == ids.shape == (x.shape[0], top * clusters.shape[1])
     for row in range(x.shape[0]):
         found = np.array(ids[row])
