@@ -19,11 +19,11 @@ LEVELS: dict[str, float] = {
     "config": 0, "request": 0, "stats": 0, "convert.names": 0,
     "views": 1, "sampling": 1, "cache": 1.5,
     "models": 2, "speculative": 2, "depth": 2,
-    "loading": 3, "scheduler": 3,
-    "text": 4, "constraints": 4,
+    "loading": 3, "scheduler": 3, "probe": 3,
+    "text": 4, "constraints": 4.5,
     "runtime": 5, "engine": 5,
     "verify": 6, "convert": 6, "tune": 6,
-    "server": 7,
+    "server": 7, "verify_cli": 7,
     "cli": 8,
 }  # fmt: skip
 WITHOUT_MLX = ("config", "request", "stats", "convert.names")

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mlx_gemma_mtp.cli import app
-from mlx_gemma_mtp.request import FinishReason
+from mlx_gemma_mtp.request import FinishReason, SamplingParams
 from mlx_gemma_mtp.stats import SpecStats
 from mlx_gemma_mtp.text import Piece
 from tests.test_text import write_tokenizer
@@ -104,6 +104,7 @@ class Fake:
             text=said["answer"] if self.text else "",
             thinking=said["thinking"] or None,
             finish_reason="length",
+            contract="exact",
             stats=self.stats,
             timing=Clock(),
         )
@@ -184,11 +185,14 @@ class TestGenerate:
 
     def test_options_reach_the_runtime(self, run: Run, fake: Fake) -> None:
         model = ["--model", "m", "--drafter", "none", "--revision", "r", "--dtype", "float32"]
-        run("generate", "-p", "hi", *model, "-n", "8", "--depth", "4", "--ignore-eos")
+        sampled = ["--temperature", "0.7", "--top-k", "20", "--seed", "5"]
+        run("generate", "-p", "hi", *model, "-n", "8", "--depth", "4", "--ignore-eos", *sampled)
         assert fake.loads[0] == {
             "path": "m", "drafter": None, "revision": "r", "dtype": "float32", "progress": None
         }  # fmt: skip
-        assert fake.calls == [([104, 105], {"max_tokens": 8, "depth": 4, "ignore_eos": True})]
+        sampling = SamplingParams(temperature=0.7, top_k=20, seed=5)
+        expected = {"max_tokens": 8, "depth": 4, "ignore_eos": True, "sampling": sampling}
+        assert fake.calls == [([104, 105], expected)]
 
     def test_the_demo_pair_says_what_it_is(self, run: Run, fake: Fake) -> None:
         result = run("generate", "hi")
@@ -246,6 +250,7 @@ class TestJson:
             "text": "Paris.",
             "thinking": "Hm",
             "finish_reason": "length",
+            "contract": "exact",
             "stats": fake.stats.to_dict(),
             "timing": Clock().to_dict(),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from mlx_gemma_mtp.constraints import (
     ThinkingBudget,
 )
 from mlx_gemma_mtp.request import Request, SamplingParams
+from mlx_gemma_mtp.runtime import Runtime, load
 from mlx_gemma_mtp.text import TextCodec
 
 DEMO = Path(__file__).parents[1] / "mlx_gemma_mtp" / "demo"
@@ -53,6 +55,11 @@ def vocab(codec: TextCodec) -> int:
 @pytest.fixture(scope="module")
 def grammars(codec: TextCodec, vocab: int) -> Grammars:
     return Grammars(codec, vocab)
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    return load("demo")
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +186,17 @@ NAMES = ("a", "name", "id", "unit price", "größe", 'say "x"', "tags", "b_1", "
 PATTERNS = ("^[a-z]{2,5}$", "^[A-Z][a-z]?[0-9]{2}$", "^(red|green|blue)$", "^#[0-9a-f]{6}$", "^[^a-z ]{1,3}$", "^é+$")
 
 
-def random_schema(seed: int) -> Json:
-    """A satisfiable schema whose values are of limited size."""
-    rng = random.Random(seed)
-    schema = _object(rng, 2) if rng.random() < 0.7 else _any(rng, 3)
+class Dice(random.Random):
+    """Random numbers; `small`: every value of a schema is short, however a model goes on."""
+
+    small = False
+
+
+def random_schema(seed: int, *, small: bool = False) -> Json:
+    """A satisfiable schema."""
+    rng = Dice(seed)
+    rng.small = small
+    schema = _object(rng, 1 if small else 2) if rng.random() < 0.7 else _any(rng, 2 if small else 3)
     if rng.random() < 0.2:
         schema = {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -196,19 +210,19 @@ def random_schema(seed: int) -> Json:
     return schema
 
 
-def _any(rng: random.Random, depth: int) -> Json:
+def _any(rng: Dice, depth: int) -> Json:
     makers = [_string, _string, _number, _number, _literal]
     makers += [partial(m, depth=depth - 1) for m in (_object, _map, _array, _array, _choice)] if depth > 0 else []
     return rng.choice(makers)(rng)
 
 
-def _object(rng: random.Random, depth: int) -> Json:
-    names = rng.sample(NAMES, rng.randint(1, 4))
+def _object(rng: Dice, depth: int) -> Json:
+    names = rng.sample(NAMES, rng.randint(1, 3 if rng.small else 4))
     schema: Json = {"type": "object", "properties": {n: _any(rng, depth) for n in names}}
     required = [n for n in names if rng.random() < 0.6]
     if required or rng.random() < 0.5:
         schema["required"] = required
-    if rng.random() < 0.8:
+    if rng.random() < 0.8 or rng.small:
         schema["additionalProperties"] = False
     elif rng.random() < 0.5:
         schema["additionalProperties"] = _number(rng)
@@ -217,15 +231,15 @@ def _object(rng: random.Random, depth: int) -> Json:
     return schema
 
 
-def _map(rng: random.Random, depth: int) -> Json:
+def _map(rng: Dice, depth: int) -> Json:
     most = rng.randint(1, 3)
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 and not rng.small:
         return {"type": "object", "additionalProperties": _any(rng, depth), "minProperties": 1, "maxProperties": most}
-    names = {"^x_[a-z]{1,3}$": _any(rng, depth), "^[0-9]+$": _number(rng)}
+    names = {"^x_[a-z]{1,3}$": _any(rng, depth), "^[0-9]{1,2}$": _number(rng)}
     return {"type": "object", "patternProperties": names, "additionalProperties": False, "maxProperties": most}
 
 
-def _array(rng: random.Random, depth: int) -> Json:
+def _array(rng: Dice, depth: int) -> Json:
     least = rng.randint(0, 2)
     schema: Json = {
         "type": "array",
@@ -238,14 +252,14 @@ def _array(rng: random.Random, depth: int) -> Json:
     return schema
 
 
-def _choice(rng: random.Random, depth: int) -> Json:
+def _choice(rng: Dice, depth: int) -> Json:
     options = [_any(rng, depth) for _ in range(rng.randint(2, 3))]
     if rng.random() < 0.2:
         return {"oneOf": [{"type": "null"}, _string(rng), _map(rng, 0)]}
     return {"anyOf": options}
 
 
-def _string(rng: random.Random) -> Json:
+def _string(rng: Dice) -> Json:
     kind = rng.random()
     if kind < 0.4:
         return {"type": "string", "pattern": rng.choice(PATTERNS), "maxLength": 9}
@@ -255,7 +269,7 @@ def _string(rng: random.Random) -> Json:
     return {"type": "string", "minLength": least, "maxLength": least + rng.randint(0, 8)}
 
 
-def _number(rng: random.Random) -> Json:
+def _number(rng: Dice) -> Json:
     low = rng.randint(-300, 300)
     kind = rng.random()
     if kind < 0.3:
@@ -264,12 +278,14 @@ def _number(rng: random.Random) -> Json:
         return {"type": "integer", "exclusiveMinimum": low, "exclusiveMaximum": low + rng.randint(2, 50)}
     if kind < 0.6:
         return {"type": "integer", "multipleOf": rng.choice([2, 3, 7]), "minimum": 0, "maximum": 99}
+    if rng.small:
+        return {"type": "number", "enum": [low, low / 4, 0.5]}
     if kind < 0.9:
         return {"type": "number", "minimum": low / 4, "exclusiveMaximum": low / 4 + 10}
     return {"type": ["integer", "null"]}
 
 
-def _literal(rng: random.Random) -> Json:
+def _literal(rng: Dice) -> Json:
     values: list[object] = [
         True,
         None,
@@ -287,6 +303,51 @@ def _literal(rng: random.Random) -> Json:
     if rng.random() < 0.2:
         return {"type": rng.choice(["boolean", "null"])}
     return {"enum": rng.sample(values, rng.randint(1, 4))}
+
+
+class TestDecoding:
+    """The demo pair under constraints."""
+
+    @pytest.mark.parametrize("group", range(5))
+    def test_drafts_change_nothing(self, runtime: Runtime, group: int) -> None:
+        """200 schemas, greedy: all outputs valid, and those of depth 4 are those of depth 0."""
+        seeds = range(1000 + group * 40, 1000 + group * 40 + 40)
+        schemas = [random_schema(seed, small=True) for seed in seeds]
+        sampling = [SamplingParams(constraint=JsonSchema(s, compact=True)) for s in schemas]
+        prompts = [f"Write the record of {seed} as JSON." for seed in seeds]
+        plain, drafted = (
+            runtime.generate_batch(prompts, max_tokens=200, sampling=sampling, depth=depth, max_batch=20)
+            for depth in (0, 4)
+        )
+        for schema, one, other in zip(schemas, plain, drafted, strict=True):
+            assert one.tokens == other.tokens
+            assert one.finish_reason == other.finish_reason == "stop", (schema, one.text)
+            problems = list(Draft202012Validator(schema).iter_errors(json.loads(one.text)))
+            assert not problems, (schema, one.text, problems[0].message)
+        assert sum(g.stats.accepted for g in drafted) > 0
+
+    def test_sampled_rows_and_thoughts(self, runtime: Runtime, ids: dict[str, int]) -> None:
+        """Seeded rows equal plain decoding's under a constraint too, and unseeded ones obey it."""
+        spec = JsonSchema(random_schema(1003, small=True), compact=True)
+        both = Both(Regex("[a-z]{2,6}"), ThinkingBudget(5))
+        params = [
+            SamplingParams(temperature=1.0, seed=3, constraint=spec),
+            SamplingParams(temperature=1.5, seed=4, top_k=40, constraint=both),
+            SamplingParams(temperature=1.0, constraint=spec),
+            SamplingParams(temperature=1.0, seed=5),
+        ]
+        assert runtime.text is not None
+        prompt = runtime.text.render([{"role": "user", "content": "Think first."}], thinking=True)
+        opened = [*prompt, ids["<|channel>"]]
+        plain, drafted = (
+            runtime.generate_batch([prompt, opened, prompt, prompt], max_tokens=60, sampling=params, depth=depth)
+            for depth in (0, 4)
+        )
+        for i in (0, 1, 3):
+            assert plain[i].tokens == drafted[i].tokens
+        for output in (plain[1], drafted[1]):
+            assert ids["<channel|>"] in output.tokens[:6]
+            assert re.fullmatch("[a-z]{2,6}", output.text)
 
 
 class TestText:
@@ -534,7 +595,7 @@ class TestState:
         matcher.advance([a])
         assert matcher.complete
         stuck = limited.start(spec)
-        with pytest.raises(ConstraintError, match="token|can't go on"):
+        with pytest.raises(ConstraintError, match=r"token|can't go on"):
             play(stuck, snow)
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_gemma_mtp import probe as module
 from mlx_gemma_mtp.loading import Loaded, load_pair
-from mlx_gemma_mtp.probe import ProbeResult, Width, Widths, cached_probe, environment, fingerprint, probe
+from mlx_gemma_mtp.probe import ProbeResult, Width, Widths, cache_folder, cached_probe, environment, fingerprint, probe
 from mlx_gemma_mtp.views import CacheSpec, KVView
 
 from .fakes import SPEC, VOCAB, FakeTarget
@@ -81,7 +80,7 @@ def test_a_difference_of_the_last_bit_counts() -> None:
     class LastBit(Rounding):
         def unembed(self, hidden: mx.array) -> mx.array:
             logits = FakeTarget.unembed(self, hidden)
-            return -(-logits) if self.block == 1 else mx.where(logits == 0, -0.0, logits)
+            return logits if self.block == 1 else mx.where(logits == 0, -0.0, logits)
 
     result = probe(LastBit(0), SPEC, WIDTHS, vocab_size=VOCAB)
     assert not result.bitwise
@@ -181,9 +180,9 @@ class TestKept:
         assert not list(tmp_path.iterdir())
 
     def test_the_users_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module.sys, "platform", "linux")
+        monkeypatch.setattr("sys.platform", "linux")
         monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-        assert module.cache_folder() == Path("/caches/mlx-gemma-mtp")
+        assert cache_folder() == Path("/caches/mlx-gemma-mtp")
 
 
 def test_a_fingerprint_tells_weights_apart() -> None:
