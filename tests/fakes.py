@@ -43,7 +43,7 @@ def _next_array(total: mx.array, recent: mx.array, position: mx.array) -> mx.arr
     return mx.remainder(3 * total + 5 * position + mx.remainder(recent, 2), VOCAB)
 
 
-def _read(view: KVView, slot: int, shape: tuple[int, int], kv: mx.array | None, seen: mx.array) -> mx.array:
+def _read(view: KVView, slot: int, shape: tuple[int, ...], kv: mx.array | None, seen: mx.array) -> mx.array:
     """The sum of the values seen: equal scores make attention their mean, `seen` is how many they are.
 
     Exact after rounding up to about 3,000 keys.

@@ -221,6 +221,6 @@ class _WideDrafter:
         for _ in range(depth):
             q = mx.ones((token.shape[0], 8, 1, 64)) * token[:, None, None, None]
             out = sum(view.attend(slot, q).sum(axis=(1, 2, 3)) for slot in (0, 1))  # type: ignore[attr-defined]
-            token = (out > 1e9).astype(mx.int32)  # type: ignore[operator]
+            token = mx.array(out > 1e9).astype(mx.int32)
             chain.append(token)
         return mx.stack(chain, axis=1)

@@ -15,7 +15,6 @@ from mlx_gemma_mtp.request import Request, SamplingParams, TokenEvent
 def test_the_default_is_greedy() -> None:
     params = SamplingParams()
     assert params.greedy
-    assert params.changed_logits == ()
     assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0, 0, 1, 0)
 
 
@@ -73,12 +72,12 @@ def test_values_at_the_edge_are_taken(fields: dict[str, Any]) -> None:
         ("suppress_tokens", (1, 2)),
     ],
 )
-def test_what_changes_logits_is_told(field: str, value: object) -> None:
+def test_what_changes_or_reports_logits_is_not_plainly_greedy(field: str, value: object) -> None:
     params = SamplingParams(**{field: value})  # type: ignore[arg-type]
-    assert params.changed_logits == (field,)
     assert not params.greedy
-    both = dataclasses.replace(params, temperature=1.0)
-    assert both.changed_logits == (field,)
+    assert params.contract == "exact"
+    assert dataclasses.replace(params, temperature=1.0).contract == "distribution"
+    assert dataclasses.replace(params, temperature=1.0, seed=0).contract == "exact"
 
 
 def test_filters_alone_do_not_change_a_greedy_choice() -> None:

@@ -26,7 +26,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Runtime]:
 
     Not compiled (the parity tests are): these tests use many shapes a few times each, which costs mostly tracing.
     """
-    made = {}
+    made: dict[str, Runtime] = {}
     for kind in KINDS:
         path = tmp_path_factory.mktemp(kind)
         write_pair(path, kind, seed=3)
@@ -38,6 +38,12 @@ def _prompt(seed: int, length: int) -> list[int]:
     return [random.Random(f"{seed}-{i}").randrange(5, VOCAB) for i in range(length)]
 
 
+def _choices(rt: Runtime, tokens: list[int]) -> list[int]:
+    """The likeliest token after each of `tokens`."""
+    chosen: list[int] = mx.argmax(rt.logits(tokens), axis=-1).tolist()  # type: ignore[assignment]
+    return chosen
+
+
 def _plain(rt: Runtime, prompt: list[int], count: int) -> list[int]:
     return rt.generate(prompt, max_tokens=count, depth=0, ignore_eos=True).tokens
 
@@ -46,7 +52,7 @@ def _plain(rt: Runtime, prompt: list[int], count: int) -> list[int]:
 def test_plain_decoding_follows_the_uncached_logits(pairs: dict[str, Runtime], kind: str) -> None:
     rt, prompt = pairs[kind], _prompt(1, 21)
     tokens = _plain(rt, prompt, 40)
-    chosen = mx.argmax(rt.logits(prompt + tokens), axis=-1).tolist()
+    chosen = _choices(rt, prompt + tokens)
     assert tokens == chosen[len(prompt) - 1 : -1]
 
 
@@ -119,7 +125,7 @@ def test_a_prompt_longer_than_many_chunks_decodes_the_same_in_any_chunks(pairs: 
         while scheduler.busy:
             tokens += [t for event in scheduler.step() for t in event.tokens]
         outputs.append(tokens)
-    chosen = mx.argmax(rt.logits(prompt + outputs[0]), axis=-1).tolist()
+    chosen = _choices(rt, prompt + outputs[0])
     assert outputs[0] == chosen[len(prompt) - 1 : -1]
     assert outputs[1:] == outputs[:1] * 2
 
@@ -133,7 +139,7 @@ def test_a_stream_gives_the_same_tokens_and_may_be_dropped(pairs: dict[str, Runt
     assert steps[-1].finish_reason == "length"
     dropped = rt.stream(prompt, max_tokens=30, ignore_eos=True)
     next(dropped)
-    dropped.close()
+    del dropped
     assert rt.generate(prompt, max_tokens=30, ignore_eos=True).tokens == reference.tokens
 
 

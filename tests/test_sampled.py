@@ -22,7 +22,7 @@ VOCAB = 512
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Runtime]:
     """Pairs with a full and a centroid head, not compiled: many kinds of batches, a few rounds each."""
-    made = {}
+    made: dict[str, Runtime] = {}
     for kind in KINDS:
         path = tmp_path_factory.mktemp(kind)
         write_pair(path, kind, seed=5)
@@ -116,7 +116,7 @@ def test_logprobs_are_the_targets_at_every_depth(pairs: dict[str, Runtime], dept
     logits = rt.logits(prompt + out.tokens)
     for i, (token, entry) in enumerate(zip(out.tokens, out.logprobs, strict=True)):
         row = logits[len(prompt) - 1 + i]
-        reference = (row - row.logsumexp()).tolist()
+        reference: list[float] = (row - row.logsumexp()).tolist()  # type: ignore[assignment]
         assert entry.token == token
         assert entry.logprob == pytest.approx(reference[token], abs=2e-4)
         best = sorted(range(VOCAB), key=lambda t: -reference[t])[:4]

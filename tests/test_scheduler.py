@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,8 +18,12 @@ from .fakes import VOCAB, expected, fake_speculator
 
 def _scheduler(**options: int) -> Scheduler:
     speculator = fake_speculator(drafter=options.pop("drafter", 1) > 0, compiled=options.pop("compiled", 0) > 0)
-    settings = {"vocab_size": VOCAB, "max_positions": 100_000, **options}
+    settings: dict[str, Any] = {"vocab_size": VOCAB, "max_positions": 100_000, **options}
     return Scheduler(speculator, depth=FixedDepth(settings.pop("depth", 3)), **settings)
+
+
+def _fresh(**options: int) -> tuple[Scheduler, dict[int, list[int]], dict[int, str | None]]:
+    return _scheduler(**options), {}, {}
 
 
 def _drain(scheduler: Scheduler, got: dict[int, list[int]], reasons: dict[int, str | None]) -> None:
@@ -38,7 +43,7 @@ def _collect(scheduler: Scheduler, got: dict[int, list[int]], reasons: dict[int,
 @pytest.mark.parametrize("length", [1, 5, 6, 7, 40])
 def test_one_request_gets_the_targets_tokens_at_every_depth(depth: int, length: int) -> None:
     prompt = [(3 * i + length) % VOCAB for i in range(length)]
-    scheduler, got, reasons = _scheduler(depth=depth, chunk=16), {}, {}
+    scheduler, got, reasons = _fresh(depth=depth, chunk=16)
     number, stats = scheduler.add(Request(prompt=prompt, max_tokens=60))
     _drain(scheduler, got, reasons)
     assert got[number] == expected(prompt, 60)
@@ -130,7 +135,7 @@ def _adds_up(stats: SpecStats, tokens: int) -> None:
 def test_a_stop_id_ends_the_output_before_itself(
     prompt: Sequence[int], stops: frozenset[int], depth: int, max_tokens: int
 ) -> None:
-    scheduler, got, reasons = _scheduler(depth=depth), {}, {}
+    scheduler, got, reasons = _fresh(depth=depth)
     number, stats = scheduler.add(Request(prompt=prompt, max_tokens=max_tokens, stop_ids=stops))
     _drain(scheduler, got, reasons)
     reference = expected(prompt, max_tokens)
@@ -141,7 +146,7 @@ def test_a_stop_id_ends_the_output_before_itself(
 
 
 def test_ignore_eos_goes_on() -> None:
-    scheduler, got, reasons = _scheduler(), {}, {}
+    scheduler, got, reasons = _fresh()
     number, _ = scheduler.add(Request(prompt=[1], max_tokens=50, stop_ids=frozenset(range(VOCAB)), ignore_eos=True))
     _drain(scheduler, got, reasons)
     assert got[number] == expected([1], 50)
@@ -175,7 +180,7 @@ def test_each_row_drafts_to_its_own_depth_in_a_mixed_batch() -> None:
 
 
 def test_without_a_drafter_every_depth_is_plain_decoding() -> None:
-    scheduler, got, reasons = _scheduler(drafter=0, depth=5), {}, {}
+    scheduler, got, reasons = _fresh(drafter=0, depth=5)
     number, stats = scheduler.add(Request(prompt=[4, 5], max_tokens=20))
     _drain(scheduler, got, reasons)
     assert got[number] == expected([4, 5], 20)
@@ -183,7 +188,7 @@ def test_without_a_drafter_every_depth_is_plain_decoding() -> None:
 
 
 def test_capacity_steps_are_crossed_by_short_and_long_rows_together() -> None:
-    scheduler, got, reasons = _scheduler(chunk=512), {}, {}
+    scheduler, got, reasons = _fresh(chunk=512)
     prompts = [[(i * 7 + n) % VOCAB for i in range(n)] for n in (3, 480, 1500, 2010, 505, 1010)]
     numbers = [scheduler.add(Request(prompt=p, max_tokens=80))[0] for p in prompts]
     _drain(scheduler, got, reasons)
@@ -196,19 +201,16 @@ def test_a_shape_in_use_is_traced_once_per_capacity_step() -> None:
     speculator = scheduler._speculator
     for n in (5, 9, 30, 100):
         scheduler.add(Request(prompt=[1] * n, max_tokens=390))
-    while scheduler.busy:
-        scheduler.step()
+    _drain(scheduler, {}, {})
     # Row counts 4, 3, 2, 1 in one capacity step, and the drafts behind a prefill.
     seen = speculator.traces
     assert seen <= 5
     for n in (7, 11, 60, 90):
         scheduler.add(Request(prompt=[2] * n, max_tokens=390))
-    while scheduler.busy:
-        scheduler.step()
+    _drain(scheduler, {}, {})
     assert speculator.traces == seen, "other lengths and contents built a round again"
     scheduler.add(Request(prompt=[2] * 480, max_tokens=500))
-    while scheduler.busy:
-        scheduler.step()
+    _drain(scheduler, {}, {})
     assert speculator.traces <= seen + 2, "one step of capacity costs one more trace of the round"
 
 
@@ -223,7 +225,7 @@ def test_a_shape_in_use_is_traced_once_per_capacity_step() -> None:
     ],
 )
 def test_a_request_that_cant_be_honoured_is_refused_and_changes_nothing(request_: Request, said: str) -> None:
-    scheduler, got, reasons = _scheduler(), {}, {}
+    scheduler, got, reasons = _fresh()
     with pytest.raises(ValueError, match=said):
         scheduler.add(request_)
     assert not scheduler.busy

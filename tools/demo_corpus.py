@@ -716,7 +716,7 @@ def unknown(r: random.Random) -> Item:
 
 
 ITEMS: dict[Callable[[random.Random], Item], float] = {
-    arithmetic: 11, sequence: 5, compare: 5, units: 5, calendar: 6, words: 8, capital: 9, animal: 7, planet: 3, story: 9,
+    arithmetic: 15, sequence: 7, compare: 5, units: 5, calendar: 6, words: 8, capital: 9, animal: 7, planet: 3, story: 9,
     explain: 5, how_to: 3, listing: 5, python: 3, make_json: 8, letter: 5, poem: 2, small_talk: 5, joke: 3, repeat: 9, unknown: 2,
 }  # fmt: skip
 

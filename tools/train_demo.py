@@ -149,7 +149,10 @@ def render(tok: Chatter, chat: Chat, upto: int | None = None) -> str:
 
 
 def chat_windows(tok: Chatter, seed: str, outside: float) -> Windows:
-    """Endless training chats: weight 1 for what the model has to say, `outside` for prompts and responses."""
+    """Endless training chats: weight 1 for what the model has to say, `outside` for prompts and responses.
+
+    The template strips the thoughts of earlier turns, so with thinking on only the last turn is something to learn.
+    """
     opening = tok("<|turn>model\n", add_special_tokens=False)["input_ids"]
     for chat in chats(seed):
         ids = tok(render(tok, chat), add_special_tokens=False)["input_ids"]
@@ -160,6 +163,8 @@ def chat_windows(tok: Chatter, seed: str, outside: float) -> Windows:
                 said = False
             elif i == SPECIAL["<tool_response|>"] or ids[max(0, at + 1 - len(opening)) : at + 1] == opening:
                 said = True
+                if chat.thinking and i == NEWLINE:
+                    weights = [min(w, outside) for w in weights]
         yield ids, weights
 
 
@@ -346,7 +351,7 @@ def train(
     return done | {k: round(v, 4) for k, v in mean.items()}
 
 
-def train_target(out: Path, crew: Crew, seed: int, minutes: float, resume: bool) -> dict[str, float]:
+def train_target(out: Path, crew: Crew, seed: int, minutes: float, resume: bool, rate: float) -> dict[str, float]:
     """Tokenizer and target, from nothing or from those in `out`; writes them into `out`."""
     torch.manual_seed(seed)
     if crew.rank == 0 and not resume:
@@ -374,7 +379,7 @@ def train_target(out: Path, crew: Crew, seed: int, minutes: float, resume: bool)
             "prompt": losses[~said].mean().item(),
         }
 
-    opt = Optimizer(list(target.text.named_parameters()), 4e-3, ["embed_tokens"])
+    opt = Optimizer(list(target.text.named_parameters()), rate, ["embed_tokens"])
     data = batches(chat_windows(tok, f"{seed}-target-{crew.rank}", 0.15), crew.share(STEP_TOKENS))
     figures = train(loss_of, data, opt, crew, minutes, "target")
     if crew.rank == 0:
@@ -729,6 +734,7 @@ def main() -> None:
         p.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     for p in (both, one):
         p.add_argument("--out", type=Path, required=True)
+        p.add_argument("--rate", type=float, default=4e-3, help="the target's highest learning rate")
         p.add_argument("--resume", action="store_true", help="go on with the tokenizer and target in OUT")
         p.add_argument(
             "--minutes",
@@ -768,7 +774,8 @@ def _work(rank: int, a: argparse.Namespace, meeting: str) -> None:
     if crew.size > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=crew.size)
     if a.command in ("all", "target"):
-        record["target"] = train_target(a.out, crew, a.seed, a.minutes * (0.72 if a.command == "all" else 1), a.resume)
+        minutes = a.minutes * (0.72 if a.command == "all" else 1)
+        record["target"] = train_target(a.out, crew, a.seed, minutes, a.resume, a.rate)
     if a.command in ("all", "drafter"):
         where = a.out if a.command == "all" else a.target
         out = where / "drafter" if a.command == "all" else a.out or where / "drafter"

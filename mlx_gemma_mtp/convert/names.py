@@ -56,3 +56,65 @@ def canonical_path(path: str) -> str:
     """The models' path for a module path of a checkpoint's `quantization` overrides."""
     mapped = canonical(f"{path}.weight", lambda _: True)
     return path if isinstance(mapped, Skipped) else mapped.removesuffix(".weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where a converted tensor goes: its name in MLX's layout, and which of `parts` equal slices of its rows it is.
+
+    `canonical` is the models' name; None for vision and audio tensors, which are copied as they are.
+    """
+
+    name: str
+    canonical: str | None
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class MlxNames:
+    """The names that mlx-lm and mlx-vlm use for a kind of checkpoint; every name has a destination or a rule."""
+
+    prefix: str
+    bare: tuple[str, ...] = ()
+
+    def of(self, canonical_name: str) -> str:
+        """MLX's name for a canonical one."""
+        return canonical_name if canonical_name.startswith(self.bare) and self.bare else self.prefix + canonical_name
+
+    def destinations(
+        self, name: str, writes_kv: Callable[[int], bool], *, text_only: bool = False
+    ) -> tuple[Destination, ...] | Skipped:
+        """Where the checkpoint's tensor `name` goes: one place, two for gate and up in one, or none by a rule."""
+        for tower, pattern in _OTHER_TOWERS:
+            if pattern.match(name):
+                if text_only:
+                    return Skipped(f"{tower} tower: left out on request")
+                return (Destination(name=name.removeprefix("model."), canonical=None),)
+        found = canonical(name, writes_kv)
+        if isinstance(found, Skipped):
+            return found
+        experts = _EXPERTS.match(found)
+        if experts is None:
+            return (Destination(name=self.of(found), canonical=found),)
+        base, kind, suffix = f"{experts[1]}.switch_glu.", experts[2], experts[3] or ".weight"
+        names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+        return tuple(
+            Destination(
+                name=self.of(f"{base}{n}{suffix}"),
+                canonical=f"{base}{n}{suffix}",
+                part=i,
+                parts=len(names),
+            )
+            for i, n in enumerate(names)
+        )
+
+
+MLX_NAMES = {
+    "gemma4": MlxNames("language_model.model."),
+    "gemma4_unified": MlxNames("language_model.model."),
+    "gemma4_text": MlxNames("model."),
+    "gemma4_unified_text": MlxNames("model."),
+    "gemma4_assistant": MlxNames("model.", ("pre_projection.", "post_projection.", "masked_embedding.")),
+    "gemma4_unified_assistant": MlxNames("model.", ("pre_projection.", "post_projection.", "masked_embedding.")),
+}

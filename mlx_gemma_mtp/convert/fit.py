@@ -1,0 +1,83 @@
+"""Whether a pair fits a Mac: weights, K/V of a context, and what macOS lets a GPU use. Knows nothing of files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..config import TargetConfig
+from .checkpoint import ConvertError
+
+_GIB = 1 << 30
+_KV_BYTES = 2
+_RING_SLACK = 32
+WORK = 3 * _GIB // 4
+"""Activations, a prefill chunk's logits and Python: an allowance, not a measurement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Bytes needed and what a Mac of `memory` gives to a GPU."""
+
+    memory: int
+    context: int
+    weights: int
+    kv: int
+
+    @property
+    def usable(self) -> int:
+        """macOS's default limit for a GPU: two thirds of the memory, three quarters above 36 GB."""
+        return self.memory * 3 // 4 if self.memory > 36 * _GIB else self.memory * 2 // 3
+
+    @property
+    def needed(self) -> int:
+        return self.weights + self.kv + WORK
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.usable
+
+    def to_dict(self) -> Mapping[str, object]:
+        return {
+            "memory_bytes": self.memory,
+            "usable_bytes": self.usable,
+            "context": self.context,
+            "weights_bytes": self.weights,
+            "kv_bytes": self.kv,
+            "working_bytes": WORK,
+            "needed_bytes": self.needed,
+            "fits": self.fits,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.needed / 1e9:.1f} GB (weights {self.weights / 1e9:.1f}, K/V of {self.context:,} tokens "
+            f"{self.kv / 1e9:.2f}, work {WORK / 1e9:.1f}) of the {self.usable / 1e9:.1f} GB that a Mac of "
+            f"{self.memory // _GIB} GB gives to its GPU"
+        )
+
+
+def kv_bytes(config: TargetConfig, context: int) -> int:
+    """K/V of one request of `context` tokens in 16 bits; the drafter reads the target's and adds none."""
+    total = 0
+    for slot in config.kv_slots:
+        tokens = context if slot.window is None else min(context, slot.window) + _RING_SLACK
+        total += 2 * slot.kv_heads * slot.head_dim * _KV_BYTES * tokens
+    return total
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "32GB", "32 GB" or "32", as Apple counts memory. Raises ConvertError."""
+    found = re.fullmatch(r"(\d+)\s*(?:gb|gib|g)?", text.strip().lower())
+    if not found or not int(found[1]):
+        raise ConvertError(f"--fit is {text!r}, expected a size like 32GB")
+    return int(found[1]) * _GIB
+
+
+def parse_context(text: str) -> int:
+    """Tokens of "32k" (32,768) or "8192". Raises ConvertError."""
+    found = re.fullmatch(r"(\d+)(k?)", text.strip().lower())
+    if not found or not int(found[1]):
+        raise ConvertError(f"--context is {text!r}, expected a number of tokens like 8192 or 32k")
+    return int(found[1]) * (1024 if found[2] else 1)

@@ -1,0 +1,196 @@
+"""The output directory: appears whole or not at all. Side files, provenance, model card. Knows nothing of MLX."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import ConvertError
+from .writer import sync_directory, write_durably
+
+RECORD = "conversion.json"
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+)
+_MARKS = ("config.json", RECORD)
+
+
+def check_destination(out: Path, sources: list[Path], *, force: bool) -> None:
+    """Refuse a destination that would destroy something. Raises ConvertError."""
+    full = out.resolve()
+    for source in sources:
+        if source.resolve().is_relative_to(full):
+            raise ConvertError(f"--out {out} holds the source {source}: choose another directory")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not force:
+        raise ConvertError(f"--out {out} exists: choose another directory, or replace it with --force")
+    if not out.is_dir() or out.is_symlink():
+        raise ConvertError(f"--out {out} is not a directory")
+    if any(out.iterdir()) and not any((out / mark).is_file() for mark in _MARKS):
+        raise ConvertError(f"--out {out} is not a model ({' or '.join(_MARKS)} is missing): --force doesn't delete it")
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A temporary sibling of `out` that takes its place at the end, or vanishes if anything goes wrong.
+
+    What an earlier run that was killed has left is put right first.
+    """
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _recover(out)
+    temporary, replaced = _sibling(out, "partial", os.getpid()), _sibling(out, "replaced", os.getpid())
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_directory(temporary)
+        if out.exists():
+            out.rename(replaced)
+        try:
+            temporary.rename(out)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(out)
+            raise
+        sync_directory(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sibling(out: Path, what: str, process: int) -> Path:
+    return out.parent / f".{out.name}.{what}-{process}"
+
+
+def _recover(out: Path) -> None:
+    """Remove what killed runs left beside `out`; restore the old output if one was killed between two renames."""
+    for what in ("replaced", "partial"):
+        prefix = f".{out.name}.{what}-"
+        for path in sorted(p for p in out.parent.iterdir() if p.name.startswith(prefix)):
+            owner = path.name.removeprefix(prefix)
+            if not owner.isdecimal() or _alive(int(owner)):
+                continue
+            if what == "replaced" and not out.exists():
+                path.rename(out)
+            else:
+                shutil.rmtree(path)
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def check_space(out: Path, needed: int) -> int:
+    """Free bytes where `out` will be. Raises ConvertError if `needed` don't fit."""
+    place = out.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise ConvertError(f"the output takes {gigabytes(needed)}, {place} has {gigabytes(free)} free")
+    return free
+
+
+def copy_side_files(source: Path, out: Path, config: Mapping[str, Any]) -> list[str]:
+    """Write the config and copy tokenizer, chat template and processors; the names of what was there."""
+    write_durably(out / "config.json", json.dumps(config, indent=2) + "\n")
+    copied = []
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+            copied.append(name)
+    return copied
+
+
+def write_record(out: Path, record: Mapping[str, Any]) -> None:
+    """`conversion.json` and the model card."""
+    write_durably(out / RECORD, json.dumps(record, indent=2) + "\n")
+    write_durably(out / "README.md", model_card(record))
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """A README for the output, made of its record alone."""
+    target, drafter = record["target"], record["drafter"]
+    lines = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags: [mlx, mlx-gemma-mtp]"]
+    lines += [f"base_model: {m['source']}" for m in (target,) if m["revision"]]
+    lines += ["---", "", f"# {Path(target['source']).name or 'Gemma 4'}, {target['recipe']['name']}", ""]
+    tool = record["versions"]
+    lines.append(f"Converted by mlx-gemma-mtp {tool['mlx_gemma_mtp']} with mlx {tool['mlx']}; details in `{RECORD}`.")
+    lines += ["", "```console", '$ mlx-gemma-mtp generate --model DIR "Why is the sky blue?"', "```", ""]
+    lines += ["| | source | revision | recipe | bits per weight | size |", "|---|---|---|---|---|---|"]
+    for role, model in (("target", target), ("drafter", drafter)):
+        if model is not None:
+            lines.append(
+                f"| {role} | {model['source']} | {model['revision'] or 'local'} | {model['recipe']['name']} | "
+                f"{model['bits_per_weight']:.2f} | {gigabytes(model['bytes'])} |"
+            )
+    kept = {role: m["unquantized"] for role, m in (("target", target), ("drafter", drafter)) if m and m["unquantized"]}
+    if kept:
+        lines += ["", "Unquantized, because a group doesn't divide the width:", ""]
+        lines += [f"- {role}: {summarized(paths)}" for role, paths in kept.items()]
+    if record["measured"]:
+        lines += ["", "## Measured against the source", "", *measured_tables(record["measured"])]
+    return "\n".join(lines) + "\n"
+
+
+def summarized(paths: Iterable[str]) -> str:
+    """Module paths, those of many layers as one: "layers.*.mlp.up_proj (8)"."""
+    counts = Counter(re.sub(r"\blayers\.\d+\.", "layers.*.", path) for path in paths)
+    return ", ".join(f"{path} ({n})" if n > 1 else path for path, n in counts.items())
+
+
+def measured_tables(measured: Mapping[str, Any]) -> list[str]:
+    """Markdown tables of fidelity by target, and of acceptance by target and drafter."""
+    lines = [
+        f"{measured['prompts']} prompts ({measured['prompt_set']}), {measured['scored_tokens']} tokens scored, "
+        f"greedy, {measured['depth']} drafts a round.",
+        "",
+        "| target | mean KL | top-1 agreement | perplexity ratio |",
+        "|---|---|---|---|",
+    ]
+    for name, row in measured["fidelity"].items():
+        lines.append(f"| {name} | {row['mean_kl']:.5f} | {row['top1_agreement']:.1%} | {row['perplexity_ratio']:.4f} |")
+    if measured["acceptance"]:
+        lines += ["", "| target | drafter | accepted per round | acceptance by draft position |", "|---|---|---|---|"]
+        for row in measured["acceptance"]:
+            shares = ", ".join(f"{x:.0%}" for x in row["acceptance_per_position"])
+            lines.append(f"| {row['target']} | {row['drafter']} | {row['accepted_per_round']:.2f} | {shares} |")
+    return lines
+
+
+def remove_quietly(path: Path) -> None:
+    """Delete scratch files; that it fails changes nothing for the output."""
+    with suppress(OSError):
+        shutil.rmtree(path)

@@ -1,0 +1,170 @@
+"""What the converter writes, loaded by mlx-lm (targets) and mlx-vlm (drafters): the same logits, in float32.
+
+mlx-vlm is no dependency: MLX_GEMMA_MTP_VLM_PYTHON names a Python that has it, else this one is tried.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_gemma_mtp.convert import convert
+from mlx_gemma_mtp.loading import load_pair
+from mlx_gemma_mtp.models.drafter import CentroidHead, Drafter
+from mlx_gemma_mtp.models.linear import rms_norm
+from mlx_gemma_mtp.runtime import load
+from mlx_gemma_mtp.views import attention
+from tests import tiny
+
+RECIPES = ("bf16", "4bit", "mxfp4", "q4_0")
+PROMPT = [5, 9, 11, 300, 42, 17, 8, 99, 3, 271]
+TOLERANCE = 1e-4  # of the largest logit
+
+
+@pytest.fixture(autouse=True, scope="module")
+def eager() -> Iterator[None]:
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def difference(found: mx.array, expected: mx.array) -> float:
+    return float((mx.abs(found - expected).max() / mx.abs(expected).max()).item())  # type: ignore[arg-type]
+
+
+def widen_lookups(inner: Any) -> None:
+    """mlx-lm looks rows of mxfp4 tables up in bfloat16, whatever the model's type; here they come in float32."""
+    nn = import_module("mlx.nn")
+    for name in ("embed_tokens", "embed_tokens_per_layer"):
+        table = inner.get(name)
+        if isinstance(table, nn.QuantizedEmbedding) and table.mode != "affine":
+            plain = nn.Embedding(1, 1)
+            plain.weight = mx.dequantize(
+                table.weight,
+                table.scales,
+                None,
+                group_size=table.group_size,
+                bits=table.bits,
+                mode=table.mode,
+                dtype=mx.float32,
+            )
+            inner[name] = plain
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_mlx_lm_gives_the_same_logits(tmp_path: Path, kind: tiny.Kind, recipe: str) -> None:
+    from mlx_lm.utils import load_model
+
+    source, _ = tiny.write_pair(tmp_path / "source", kind, dtype="bfloat16", extras=kind != "text")
+    convert(source, tmp_path / "out", quantize=recipe, measure=False)
+    # Without it mlx-lm takes the real models' vocabulary of 262,144, which these pairs haven't.
+    model, _ = load_model(tmp_path / "out", model_config={"vocab_size": tiny.VOCAB})
+    model.set_dtype(mx.float32)
+    widen_lookups(model.model if kind == "text" else model.language_model.model)
+    expected = model(mx.array([PROMPT]))[0]
+    found = load(str(tmp_path / "out"), drafter=None, dtype="float32").logits(PROMPT)
+    assert found.shape == expected.shape
+    assert difference(found, expected) < TOLERANCE
+
+
+class View:
+    """Random K/V of each kind of layer, all of it seen, and queries at one position."""
+
+    def __init__(self, drafter: Drafter, length: int, position: int) -> None:
+        self.positions = mx.array([[position]])
+        self.kv: dict[str, tuple[mx.array, mx.array]] = {}
+        self._slots: dict[int, tuple[mx.array, mx.array]] = {}
+        for i, spec in enumerate(s.spec for s in drafter.layers):
+            shape = (1, spec.kv_heads, length, spec.head_dim)
+            if spec.kv_slot not in self._slots:
+                keys = mx.random.key(10 + i)
+                self._slots[spec.kv_slot] = (mx.random.normal(shape, key=keys), mx.random.normal(shape, key=keys + 1))
+            self.kv[f"{spec.kind}_attention"] = self._slots[spec.kv_slot]
+
+    def attend(self, slot: int, q: mx.array, pair: tuple[mx.array, mx.array] | None) -> mx.array:
+        assert pair is None
+        k, v = self._slots[slot]
+        return attention(q, k, v, mx.ones((1, 1, q.shape[2], k.shape[2]), mx.bool_))
+
+
+def our_logits(drafter: Drafter, view: View, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Projected hidden state, logits and the token ids they are for, of one step."""
+    ropes = drafter._ropes.at(view.positions)
+    x = drafter.into(x)
+    for layer in drafter.layers:
+        x = layer(x, view, ropes)  # type: ignore[arg-type]
+    x = rms_norm(x, drafter.norm, drafter.config.norm_eps)
+    if isinstance(drafter.head, CentroidHead):
+        scores, ids = drafter.head.scores(x[:, 0])
+    else:
+        scores = drafter.head.embedding(x[:, 0])
+        ids = mx.arange(scores.shape[-1])[None]
+    return drafter.out(x), scores, ids
+
+
+THEIRS = textwrap.dedent(
+    """
+    import sys
+    import mlx.core as mx
+    from mlx_vlm.speculative.drafters import load_drafter
+    for directory in sys.argv[1:]:
+        given = mx.load(directory + "/given.safetensors")
+        model, kind = load_drafter(directory)
+        assert kind == "mtp", kind
+        model.set_dtype(mx.float32)
+        kv = {k: (given[k + ".k"], given[k + ".v"]) for k in ("sliding_attention", "full_attention")}
+        model.set_shared_kv(kv, given["full_attention.k"].shape[2])
+        if model.masked_embedding is not None:
+            masked, embedding = model.masked_embedding, model.model.embed_tokens.weight
+            model._lm_head_fn = lambda h: masked(h, embedding)
+        hidden, logits = model(given["x"], kv, given["position"])
+        mx.save_safetensors(directory + "/found.safetensors", {"hidden": hidden, "logits": logits})
+    """
+)
+
+
+@pytest.fixture(scope="module")
+def vlm() -> str:
+    python = os.environ.get("MLX_GEMMA_MTP_VLM_PYTHON", sys.executable)
+    test = subprocess.run([python, "-c", "import mlx_vlm.speculative.drafters"], capture_output=True, check=False)
+    if test.returncode:
+        pytest.skip(f"{python} has no mlx-vlm: name one that has with MLX_GEMMA_MTP_VLM_PYTHON")
+    return python
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "edge", "edge2", "unified"])
+def test_mlx_vlm_gives_the_same_logits(vlm: str, tmp_path: Path, kind: tiny.Kind) -> None:
+    source, _ = tiny.write_pair(tmp_path / "source", kind, dtype="bfloat16")
+    expected = {}
+    for recipe in RECIPES:
+        out = tmp_path / recipe
+        convert(source, out, drafter_quantize=recipe, measure=False)
+        drafter = load_pair(str(out), dtype="float32").drafter
+        assert drafter is not None
+        view = View(drafter, length=12, position=12)
+        x = mx.random.normal((1, 1, 2 * drafter.config.backbone_hidden), key=mx.random.key(3))
+        expected[recipe] = our_logits(drafter, view, x)
+        given = {f"{k}.{n}": a for k, pair in view.kv.items() for n, a in zip("kv", pair, strict=True)}
+        mx.save_safetensors(str(out / "drafter" / "given.safetensors"), given | {"x": x, "position": view.positions})
+    directories = [tmp_path / r / "drafter" for r in RECIPES]
+    subprocess.run([vlm, "-c", THEIRS, *map(str, directories)], check=True)
+    for recipe, directory in zip(RECIPES, directories, strict=True):
+        theirs = mx.load(str(directory / "found.safetensors"))
+        assert isinstance(theirs, dict)
+        hidden, scores, ids = expected[recipe]
+        assert difference(hidden, theirs["hidden"]) < TOLERANCE, recipe
+        logits = theirs["logits"].reshape(-1)
+        assert difference(scores[0], logits[ids[0]]) < TOLERANCE, recipe
+        others = np.delete(np.array(logits), np.array(ids[0]))
+        assert not others.size or others.max() < np.array(scores[0]).min() + 1e-3, recipe
