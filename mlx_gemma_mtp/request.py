@@ -45,7 +45,9 @@ class SamplingParams:
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1")
         _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "a number above 0")
         _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "a count of at least 0")
-        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "None or a whole number below 2**64")
+        _check(
+            "seed", self.seed, self.seed is None or -(2**63) <= self.seed < 2**64, "None or a whole number of 64 bits"
+        )
         _check("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "None or a count")
 
     @property
