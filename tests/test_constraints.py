@@ -28,8 +28,9 @@ from mlx_gemma_mtp.constraints import (
     Spec,
     ThinkingBudget,
 )
+from mlx_gemma_mtp.loading import load_pair
 from mlx_gemma_mtp.request import Request, SamplingParams
-from mlx_gemma_mtp.runtime import Runtime, load
+from mlx_gemma_mtp.runtime import Runtime
 from mlx_gemma_mtp.text import TextCodec
 
 DEMO = Path(__file__).parents[1] / "mlx_gemma_mtp" / "demo"
@@ -59,7 +60,7 @@ def grammars(codec: TextCodec, vocab: int) -> Grammars:
 
 @pytest.fixture(scope="module")
 def runtime() -> Runtime:
-    return load("demo")
+    return Runtime(load_pair("demo"), compiled=False)
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +265,10 @@ def _string(rng: Dice) -> Json:
     if kind < 0.4:
         return {"type": "string", "pattern": rng.choice(PATTERNS), "maxLength": 9}
     if kind < 0.5:
-        return {"type": "string", "format": rng.choice(["date", "time", "ipv4", "uuid"])}
+        return {
+            "type": "string",
+            "format": rng.choice(["date", "ipv4"] if rng.small else ["date", "time", "ipv4", "uuid"]),
+        }
     least = rng.randint(0, 3)
     return {"type": "string", "minLength": least, "maxLength": least + rng.randint(0, 8)}
 
@@ -316,7 +320,7 @@ class TestDecoding:
         sampling = [SamplingParams(constraint=JsonSchema(s, compact=True)) for s in schemas]
         prompts = [f"Write the record of {seed} as JSON." for seed in seeds]
         plain, drafted = (
-            runtime.generate_batch(prompts, max_tokens=200, sampling=sampling, depth=depth, max_batch=20)
+            runtime.generate_batch(prompts, max_tokens=100, sampling=sampling, depth=depth, max_batch=20)
             for depth in (0, 4)
         )
         for schema, one, other in zip(schemas, plain, drafted, strict=True):
