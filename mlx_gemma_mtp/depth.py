@@ -1,10 +1,74 @@
-"""How many tokens to draft next. Knows nothing of MLX, models or requests."""
+"""How many tokens to draft next. Knows nothing of MLX, models, text or how rounds are run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 DEFAULT_DEPTH = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowState:
+    """A living row before a round.
+
+    `cap`: the most drafts that could be of use to it (0: the next round ends it). `fixed`: the depth it asked for.
+    """
+
+    request: int
+    cap: int
+    fixed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOutcome:
+    """What became of a row's drafts in a round: of `offered`, the first `accepted` were kept.
+
+    Drafts behind a stop or a limit are in neither.
+    """
+
+    request: int
+    offered: int
+    accepted: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundShape:
+    """What a round cost depends on: `rows` of the arrays (free ones compute along), drafts `verified` per row in its
+    first half and `drafted` per row in its second, `context`: mean tokens held by the living rows.
+
+    `settled` is false for a round that is no fair sample (something was compiled, moved or admitted in it).
+    """
+
+    rows: int
+    verified: int
+    drafted: int
+    context: int
+    settled: bool = True
+
+
+class DepthPolicy(Protocol):
+    """Chooses the depth of every round; owned by the scheduler's caller, told everything by the scheduler.
+
+    For each round: `plan`, then `begin` when it is handed to the device, then `observe` when its tokens are known. A
+    later round may be planned and begun before an earlier one is observed; rounds are observed in their order.
+    """
+
+    def plan(self, rows: Sequence[RowState], *, width: int, context: int) -> list[int]:
+        """Drafts to draw for each row, to be verified in the round behind. `width`: rows of the arrays.
+
+        A row gets its `fixed` where it has one, and 0 where its cap is 0.
+        """
+
+    def begin(self) -> None:
+        """A round is handed to the device now."""
+
+    def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
+        """The oldest round begun and not observed is over."""
+
+    def forget(self, request: int) -> None:
+        """A request has ended."""
 
 
 @dataclass(frozen=True)
@@ -13,9 +77,19 @@ class FixedDepth:
 
     depth: int
 
-    def next_depth(self) -> int:
-        """Drafts per row for the next round."""
-        return self.depth
+    def plan(self, rows: Sequence[RowState], *, width: int, context: int) -> list[int]:
+        """See `DepthPolicy`."""
+        # Not cut to the cap: another depth is another shape, and each costs a compilation.
+        return [0 if r.cap == 0 else self.depth if r.fixed is None else r.fixed for r in rows]
+
+    def begin(self) -> None:
+        """Nothing to note."""
+
+    def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
+        """Nothing to learn."""
+
+    def forget(self, request: int) -> None:
+        """Nothing to forget."""
 
 
 def parse_depth(depth: int | str) -> FixedDepth:

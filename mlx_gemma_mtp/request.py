@@ -104,7 +104,8 @@ class TokenEvent:
     """Tokens that one request got in one step.
 
     `drafted[i]` is true when `tokens[i]` was proposed by the drafter and accepted, false when the target
-    itself chose it. A stop token ends the request and is not among `tokens`.
+    itself chose it. A stop token ends the request and is not among `tokens`. `error` says what went wrong where the
+    finish reason is "error".
     """
 
     request_id: int
@@ -112,6 +113,7 @@ class TokenEvent:
     drafted: tuple[bool, ...]
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    error: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.drafted):

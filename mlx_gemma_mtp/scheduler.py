@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from .cache import KVCache
-from .depth import FixedDepth
+from .depth import DepthPolicy, RoundShape, RowOutcome, RowState
 from .request import FinishReason, Request, TokenEvent, TokenLogprob
 from .sampling import Constraint, History, Sampler
 from .speculative import MAX_DEPTH, Block, Masks, Round, Speculator
@@ -51,7 +51,7 @@ class Scheduler:
         *,
         vocab_size: int,
         max_positions: int,
-        depth: FixedDepth,
+        depth: DepthPolicy,
         max_batch: int = 8,
         chunk: int = 512,
         prefill_budget: int = 2048,
@@ -147,7 +147,8 @@ class Scheduler:
             assert hidden is not None
             sampler = Sampler([job.history], self._vocab_size, self._fresh_key())
             masks = self._masks([job], Block(mx.zeros((1, 1), mx.int32), (0,)))
-            first = self._speculator.first(job.cache, hidden, self._depth_of(job), sampler, masks)
+            depth = self._depth.plan([self._state(job)], width=1, context=len(prompt))[0]
+            first = self._speculator.first(job.cache, hidden, depth, sampler, masks)
             self._waiting.popleft()
             job.stats.prefills += 1
             events.append(self._event(job, first, 0))
@@ -174,24 +175,56 @@ class Scheduler:
 
     def _round(self) -> list[TokenEvent]:
         assert self._block is not None
-        depths = [0 if job is None else self._depth_of(job) for job in self._rows]
+        depths, verified, traces = self._plan(), self._block.depth, self._speculator.traces
+        context = self._context()
         offered = self._block.offered
         masks = self._masks(self._rows, self._block)
+        self._depth.begin()
         result = self._speculator.run_round(self._cache, self._block, depths, self._sampler, masks)
-        self._block, events = result.block, []
+        self._block, events, outcomes = result.block, [], []
         for row, job in enumerate(self._rows):
             if job is None:
                 continue
             job.stats.add_round(drafted=offered[row], accepted=result.counts[row] - 1)
             event = self._event(job, result, row)
             events.append(event)
+            # A stop token that was drafted counts; what lies behind it doesn't.
+            counted = len(event.tokens) + (event.finish_reason == "stop")
+            outcomes.append(
+                RowOutcome(
+                    request=job.id,
+                    offered=min(offered[row], counted) if event.finish_reason else offered[row],
+                    accepted=min(result.counts[row] - 1, counted),
+                )
+            )
             if event.finish_reason is not None:
                 self._close(row)
+        settled = self._speculator.traces == traces
+        drafted = result.block.depth
+        shape = RoundShape(rows=len(self._rows), verified=verified, drafted=drafted, context=context, settled=settled)
+        self._depth.observe(shape, outcomes)
         self._shrink()
         return events
 
-    def _depth_of(self, job: _Job) -> int:
-        return self._depth.next_depth() if job.request.depth is None else job.request.depth
+    def _plan(self) -> list[int]:
+        """Drafts to draw for each row in the next round; 0 for free rows."""
+        living = [(row, job) for row, job in enumerate(self._rows) if job is not None]
+        states = [self._state(job) for _, job in living]
+        depths = [0] * len(self._rows)
+        chosen = self._depth.plan(states, width=len(self._rows), context=self._context())
+        for (row, _), depth in zip(living, chosen, strict=True):
+            depths[row] = depth
+        return depths
+
+    def _state(self, job: _Job) -> RowState:
+        # The next round gives one token at least: drafts beyond the rest of what is asked for are of no use.
+        left = job.request.max_tokens - job.stats.tokens - 1
+        return RowState(request=job.id, cap=min(MAX_DEPTH, max(left - 1, 0)), fixed=job.request.depth)
+
+    def _context(self) -> int:
+        """Mean number of tokens that the living rows hold."""
+        lengths = [n for n, job in zip(self._cache.lengths, self._rows, strict=False) if job is not None]
+        return sum(lengths) // max(len(lengths), 1)
 
     def _event(self, job: _Job, result: Round, row: int) -> TokenEvent:
         """What a row's new tokens mean for its request: cut at a stop token or at max_tokens."""
