@@ -90,6 +90,10 @@ class Request:
         _check("depth", self.depth, self.depth is None or self.depth >= 0, "None or a count of at least 0")
 
 
+class ConstraintError(RuntimeError):
+    """An output can't go on under its constraint. It is that one output's failure: no other row is concerned."""
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
     """A token's log-probability under the model itself (no bias, penalty or temperature), and the likeliest tokens'."""

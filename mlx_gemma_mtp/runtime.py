@@ -15,6 +15,7 @@ from .cache import KVCache
 from .config import LayerSpec
 from .constraints import Grammars
 from .depth import parse_depth
+from .generation_config import generation_defaults, read_stop_ids
 from .loading import Loaded, Progress, load_pair
 from .models.drafter import Drafter
 from .models.target import Target
@@ -23,7 +24,7 @@ from .sampling import Constraint
 from .scheduler import Scheduler
 from .speculative import MAX_DEPTH, Speculator
 from .stats import SpecStats
-from .text import Piece, TextCodec, read_stop_ids
+from .text import Piece, TextCodec
 from .views import CacheSpec
 
 log = logging.getLogger(__name__)

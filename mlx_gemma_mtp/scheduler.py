@@ -104,7 +104,8 @@ class Scheduler:
         constraint = self._constrain(request)
         if request.sampling.constraint is not None and constraint is None:
             raise ValueError(f"constraint is {request.sampling.constraint!r}: nothing here can honour it")
-        job = _Job(id=self._next_id, request=request, constraint=constraint)
+        stats = SpecStats(contracts={request.sampling.contract: 1})
+        job = _Job(id=self._next_id, request=request, stats=stats, constraint=constraint)
         self._next_id += 1
         self._waiting.append(job)
         return job.id, job.stats
