@@ -20,7 +20,7 @@ LEVELS: dict[str, float] = {
     "views": 1, "sampling": 1, "cache": 1.5,
     "models": 2, "speculative": 2, "depth": 2,
     "loading": 3, "scheduler": 3, "probe": 3,
-    "text": 4, "stops": 4.5, "constraints": 4.5,
+    "text": 4, "stops": 4.5, "constraints": 4.5, "generation": 4.8,
     "runtime": 5, "engine": 5,
     "verify": 6, "convert": 6, "tune": 6,
     "server": 7, "verify_cli": 7,
