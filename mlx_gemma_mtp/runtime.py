@@ -63,6 +63,7 @@ class Runtime:
         self.config, self.drafter_config = loaded.config, loaded.drafter_config
         self.text = TextCodec.from_directory(loaded.path)
         self._grammars: Grammars | None = None
+        self._claimed = False
         self._stop_ids = read_stop_ids(loaded.path) if self.text is None else self.text.stop_ids
         spec = CacheSpec(slots=self.config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
         self._speculator = Speculator(
@@ -75,29 +76,12 @@ class Runtime:
         return self._speculator.spec.dtype
 
     @property
-    def stop_ids(self) -> frozenset[int]:
-        """Ids that end an output, unless it ignores them."""
-        return self._stop_ids
-
-    @property
     def generation_defaults(self) -> SamplingParams:
         """How the checkpoint's makers want tokens chosen. Nothing here uses them unasked: `SamplingParams()` is greedy.
 
         Raises ValueError for a generation_config.json that can't be used.
         """
         return generation_defaults(self._loaded.path)
-
-    def scheduler(self, *, depth: int | str | DepthPolicy = "auto", max_batch: int = 8) -> Scheduler:
-        """A scheduler for this pair, with constraints. It knows no stop strings: see `stops.OutputReader`."""
-        return Scheduler(
-            self._speculator,
-            vocab_size=self.config.vocab_size,
-            max_positions=self.config.max_positions,
-            depth=parse_depth(depth) if isinstance(depth, int | str) else depth,
-            max_batch=max_batch,
-            chunk=_CHUNK,
-            constrain=self._constrain,
-        )
 
     def generate(
         self,
@@ -248,6 +232,42 @@ class Runtime:
         drafted: list[int] = block[0].tolist()  # type: ignore[assignment]
         return drafted
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an output."""
+        return self._stop_ids
+
+    def scheduler(
+        self, *, depth: int | str | DepthPolicy = "auto", max_batch: int = 8, prefill_budget: int = 2048
+    ) -> Scheduler:
+        """A scheduler over these models, to be made and stepped in one thread. Raises ValueError.
+
+        It keeps constraints, but knows no stop strings: see `stops.OutputReader`.
+        """
+        return Scheduler(
+            self._speculator,
+            vocab_size=self.config.vocab_size,
+            max_positions=self.config.max_positions,
+            depth=parse_depth(depth) if isinstance(depth, int | str) else depth,
+            max_batch=max_batch,
+            chunk=_CHUNK,
+            prefill_budget=prefill_budget,
+            constrain=self._constrain,
+        )
+
+    def claim(self) -> None:
+        """Refuse direct calls until `release`: an engine computes with these models in its own thread."""
+        self._check_free()
+        self._claimed = True
+
+    def release(self) -> None:
+        """End a claim."""
+        self._claimed = False
+
+    def _check_free(self) -> None:
+        if self._claimed:
+            raise RuntimeError("an Engine has this runtime: submit requests to it, or shut it down first")
+
     def info(self) -> dict[str, Any]:
         """What is loaded: layers, parameters, bytes of weights and K/V, and what the drafter reads. Ready for JSON."""
         loaded, spec = self._loaded, self._speculator.spec
@@ -311,6 +331,7 @@ class Runtime:
         return cache, hidden
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
+        self._check_free()
         ids = _whole_numbers(tokens)
         if not ids:
             raise ValueError("tokens is empty, expected at least one token id")
@@ -334,6 +355,7 @@ class Runtime:
         self, requests: Sequence[Request], outputs: Sequence[Generation], depth: int | str, max_batch: int | None
     ) -> Iterator[Step]:
         """Fill `outputs`; yields what each event brought."""
+        self._check_free()
         scheduler = self.scheduler(depth=depth, max_batch=max_batch or max(len(requests), 1))
         timing, fillings = Timing(), dict[int, Filling]()
         for request, output in zip(requests, outputs, strict=True):
