@@ -9,16 +9,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .engine import Engine, EngineClosed, EngineStats, QueueFull
+    from .generation import Generation
     from .handle import Handle, RequestFailed
     from .request import Request, SamplingParams, TokenEvent
-    from .runtime import Generation, Runtime, load
+    from .runtime import Runtime, load
     from .stats import SpecStats
 
 _HOMES = {
     "Engine": "engine",
     "EngineClosed": "engine",
     "EngineStats": "engine",
-    "Generation": "runtime",
+    "Generation": "generation",
     "Handle": "handle",
     "QueueFull": "engine",
     "Request": "request",

@@ -24,9 +24,9 @@ from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
+from .generation import Generation
 from .handle import Handle, Stream, wake
 from .request import FinishReason, Request, TokenEvent
-from .runtime import Generation
 from .scheduler import Job, Scheduler
 from .stats import SpecStats
 from .text import TextCodec
@@ -60,7 +60,7 @@ class Models(Protocol):
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """What ends every request, besides its own stop ids."""
+        """What ends a request that names no stop ids."""
 
     def scheduler(self, *, depth: int | str, max_batch: int, prefill_budget: int) -> Scheduler:
         """Called and used in the engine's thread."""
@@ -123,15 +123,19 @@ class Engine:
         rt.claim()
         self._loop = _Loop(make, rt.release, limit)
         self._finalizer = weakref.finalize(self, _Loop.stop, self._loop)
-        self._loop.started.result()
+        try:
+            self._loop.started.result()
+        except BaseException:
+            self._finalizer()
+            raise
 
     def submit(self, request: Request) -> Handle:
         """Queue a request. Returns at once, except that a grammar seen for the first time is compiled here.
 
-        Its stop ids are those given and the model's. Raises ValueError (it can't be run, and why), QueueFull and
+        Without stop ids of its own it ends at the model's. Raises ValueError (it can't be run, and why), QueueFull and
         EngineClosed.
         """
-        request = replace(request, stop_ids=request.stop_ids | self._models.stop_ids)
+        request = request if request.stop_ids else replace(request, stop_ids=self._models.stop_ids)
         return Handle(self._loop.submit(request), self._complete)
 
     def stats(self) -> EngineStats:

@@ -8,8 +8,8 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 
+from .generation import Generation
 from .request import Request, TokenEvent
-from .runtime import Generation
 from .stats import SpecStats
 
 Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]

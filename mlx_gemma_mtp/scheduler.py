@@ -126,7 +126,8 @@ class Scheduler:
         constraint = self._constrain(request)
         if request.sampling.constraint is not None and constraint is None:
             raise ValueError(f"constraint is {request.sampling.constraint!r}: nothing here can honour it")
-        return Job(id=next(self._ids), request=request, constraint=constraint)
+        stats = SpecStats(contracts={request.sampling.contract: 1})
+        return Job(id=next(self._ids), request=request, stats=stats, constraint=constraint)
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request at once, whatever its state; no event follows. False if it isn't there (any more)."""
