@@ -180,8 +180,8 @@ class _Loop:
         self._steps, self._rounds, self._failed, self._past = 0, 0, 0, SpecStats()
         self._ended: Counter[FinishReason] = Counter()
         self._noted_at, self._ended_at, self._pace = 0.0, 0.0, 1.0
-        self._thread = threading.Thread(target=self._run, name="mlx-gemma-mtp engine", daemon=True)
-        self._thread.start()
+        self._over = threading.Event()
+        self._thread = _run_in_thread(self._run)
 
     # --- for callers, in their threads
 
@@ -216,11 +216,9 @@ class _Loop:
             self._closed = True
         self._commands.put(partial(self._stop, drain))
         # A finalizer may run in any thread.
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout if drain else None)
-            if self._thread.is_alive():
-                self._commands.put(partial(self._stop, False))
-                self._thread.join()
+        if threading.current_thread() is not self._thread and not self._over.wait(timeout if drain else None):
+            self._commands.put(partial(self._stop, False))
+            self._over.wait()
         return not self._cut
 
     # --- the thread
@@ -361,6 +359,32 @@ class _Loop:
         self._note(always=True)
         mx.clear_cache()
         self._release()
+        self._over.set()
+
+
+_Work = SimpleQueue[Callable[[], None]]
+_spare: list[tuple[threading.Thread, _Work]] = []
+
+
+def _run_in_thread(function: Callable[[], None]) -> threading.Thread:
+    """Run a function in a thread of the engines', which is kept for the next one.
+
+    MLX frees what a thread has compiled after Python has parted with the thread; a process that ends just then aborts.
+    """
+    try:
+        thread, work = _spare.pop()
+    except IndexError:
+        work = SimpleQueue()
+        thread = threading.Thread(target=_serve, args=(work,), name="mlx-gemma-mtp engine", daemon=True)
+        thread.start()
+    work.put(function)
+    return thread
+
+
+def _serve(work: _Work) -> None:
+    while True:
+        work.get()()
+        _spare.append((threading.current_thread(), work))
 
 
 def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
