@@ -202,9 +202,9 @@ def test_a_shape_in_use_is_traced_once_per_capacity_step() -> None:
     for n in (5, 9, 30, 100):
         scheduler.add(Request(prompt=[1] * n, max_tokens=390))
     _drain(scheduler, {}, {})
-    # Row counts 4, 3, 2, 1 in one capacity step, and the drafts behind a prefill.
+    # Row counts 4, 3, 2, 1 in one capacity step, a last round without drafts, and the drafts behind a prefill.
     seen = speculator.traces
-    assert seen <= 5
+    assert seen <= 6
     for n in (7, 11, 60, 90):
         scheduler.add(Request(prompt=[2] * n, max_tokens=390))
     _drain(scheduler, {}, {})
