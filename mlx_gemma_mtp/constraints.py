@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .request import Request
+from .request import ConstraintError, Request
 from .text import TextCodec
 
 if TYPE_CHECKING:
@@ -52,10 +52,6 @@ _ANNOTATIONS = frozenset(
     "contentMediaType contentEncoding discriminator".split()
 )
 _KEYWORDS = _SCHEMA_MAPS | _SCHEMA_LISTS | _SCHEMAS | _ASSERTIONS | _ANNOTATIONS
-
-
-class ConstraintError(RuntimeError):
-    """An output can't go on: it left its grammar, or the grammar outgrew llguidance's limits at this point."""
 
 
 @dataclass(frozen=True)
