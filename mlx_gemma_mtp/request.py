@@ -93,7 +93,7 @@ class Request:
 
 
 class ConstraintError(RuntimeError):
-    """An output can't go on under its constraint: it left its grammar, or that outgrew a limit. Ends this output alone."""
+    """An output can't go on under its constraint: it left its grammar, or that outgrew a limit."""
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ class Speculator:
         sampler: Sampler | None = None,
         masks: Masks | None = None,
     ) -> Round:
-        """The token after a prefill and depths[r] drafts behind it. hidden (R, hidden): of each row's last token held."""
+        """The token after a prefill and depths[r] drafts behind it. hidden (R, hidden): of the last token held."""
         key = _Key(self._depth(max(depths)), cache.layout, None if sampler is None else sampler.layout)
         states = [] if sampler is None else sampler.arrays
         out = self._function("first", self._first, key)(hidden, states, [masks()] if masks else [], cache.arrays)
