@@ -198,6 +198,7 @@ class Scheduler:
         self._admission.start(self._lengths())
         self._at_risk = list(self._admission.started)
         ready = self._admission.prefill(self._budget, until_ready=self.running == 0)
+        self._at_risk = [job for job, _ in ready]
         events = self._first(ready) if ready else []
         self._at_risk, self._batch_at_risk = [], False
         return events
