@@ -129,7 +129,10 @@ def array_names(layout: SamplerLayout) -> tuple[str, ...]:
 
 
 class Constraint(Protocol):
-    """Which tokens may come next, step by step, for one output. Lives on the host; made anew for every request."""
+    """Which tokens may come next, step by step, for one output. Lives on the host; made anew for every request.
+
+    Both methods raise `request.ConstraintError` where the output can't go on.
+    """
 
     def masks(self, drafts: Sequence[int]) -> npt.NDArray[np.uint32]:
         """Tokens allowed before each of `drafts` and behind the last: (len(drafts) + 1, ceil(vocab / 32)).

@@ -154,7 +154,13 @@ class Scheduler:
         constraint = self._constrain(request)
         if request.sampling.constraint is not None and constraint is None:
             raise ValueError(f"constraint is {request.sampling.constraint!r}: nothing here can honour it")
-        return Job(id=next(self._ids), request=request, constraint=constraint, tokens=as_tokens(request.prompt))
+        return Job(
+            id=next(self._ids),
+            request=request,
+            stats=SpecStats(contracts={request.sampling.contract: 1}),
+            constraint=constraint,
+            tokens=as_tokens(request.prompt),
+        )
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request at once, whatever its state; no event follows. False if it isn't there (any more)."""
