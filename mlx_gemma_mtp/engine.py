@@ -24,10 +24,11 @@ from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
+from .admission import Job
 from .generation import Generation
 from .handle import Handle, Stream, wake
 from .request import FinishReason, Request, TokenEvent
-from .scheduler import Job, Scheduler
+from .scheduler import Scheduler
 from .stats import SpecStats
 from .text import TextCodec
 
