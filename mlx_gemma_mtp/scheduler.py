@@ -77,6 +77,7 @@ class Scheduler:
         self._key = mx.random.key(secrets.randbits(63))
         self._sampler = Sampler([], vocab_size, self._key)
         self._ids = count()
+        self._paused: dict[int, Job] = {}
         self._prefilled_last = False
         self._rounds, self._preemptions = 0, 0
         # Whom a step that raises may have cost their K/V: these jobs, and, if the batch was touched, all rows.
@@ -164,7 +165,7 @@ class Scheduler:
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request at once, whatever its state; no event follows. False if it isn't there (any more)."""
-        if self._admission.remove(request_id):
+        if self._admission.remove(request_id) or self._paused.pop(request_id, None) is not None:
             self._depth.forget(request_id)
             return True
         for row, running in enumerate(self._rows):
@@ -173,6 +174,19 @@ class Scheduler:
                 self._shrink()
                 return True
         return False
+
+    def pause(self, request_id: int) -> bool:
+        """Take a request out until `resume`, as if it were preempted. False if it isn't there."""
+        for job in (*filter(None, self._rows), *self._admission.started, *self._admission.waiting):
+            if job.id == request_id:
+                self._withdraw(job)
+                self._paused[job.id] = job
+                return True
+        return False
+
+    def resume(self, request_id: int) -> None:
+        """Queue a paused request again."""
+        self._admission.add(self._paused.pop(request_id))
 
     def step(self) -> list[TokenEvent]:
         """Do one prefill step or one round; returns what requests got, in the order of their rows."""
@@ -198,7 +212,7 @@ class Scheduler:
     def __contains__(self, request_id: int) -> bool:
         """Whether a request is here, waiting or running."""
         jobs = (*self._admission.waiting, *self._admission.started, *filter(None, self._rows))
-        return any(job.id == request_id for job in jobs)
+        return request_id in self._paused or any(job.id == request_id for job in jobs)
 
     def _prefill(self) -> list[TokenEvent]:
         self._admission.start(self._lengths())
@@ -303,11 +317,16 @@ class Scheduler:
             needed = self._cache.bytes_after(self._block.depth + 1) + self._admission.nbytes
             if needed <= budget or len(everyone) == 1:
                 return
-            self._preempt(max(everyone, key=lambda job: job.id))
+            newest = max(everyone, key=lambda job: job.id)
+            self._preemptions += 1
+            self._withdraw(newest)
+            self._admission.add(newest)
 
-    def _preempt(self, job: Job) -> None:
-        self._preemptions += 1
-        if job in self._admission.started:
+    def _withdraw(self, job: Job) -> None:
+        """Take a request's row, or its place in the queue: it can be queued again, and then goes on where it was."""
+        if job in self._admission.waiting:
+            self._admission.waiting.remove(job)
+        elif job in self._admission.started:
             self._admission.started.remove(job)
         else:
             row = self._rows.index(job)
@@ -316,7 +335,6 @@ class Scheduler:
             self._rows[row] = None
             self._shrink()
         job.cache, job.tokens = None, as_tokens([*job.request.prompt, *job.output])
-        self._admission.add(job)
 
     def _plan(self) -> list[int]:
         """Drafts to draw for each row in the next round; 0 for free rows."""
