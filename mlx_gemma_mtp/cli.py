@@ -33,6 +33,8 @@ _DEMO = "demo"
 _USAGE, _FAILURE, _INTERRUPTED, _BROKEN_PIPE = 2, 1, 130, 141
 _DIM, _DRAFTED, _RESET = "\x1b[2m", "\x1b[32m", "\x1b[0m"
 _LEVELS = "▁▂▃▄▅▆▇█"
+# Bytes of K/V that a chat keeps of its earlier turns.
+_CHAT_PREFIXES = 2 << 30
 # Output of a model must not move the cursor or rename the window: a terminal gets newlines and tabs only.
 _CONTROLS = {i: None for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
 
@@ -505,6 +507,7 @@ class _Chat:
         self._thinking = thinking
         self._highlight = highlight
         self._turns: list[Mapping[str, str]] = []
+        runtime.keep_prefixes(_CHAT_PREFIXES)
 
     def run(self) -> None:
         """Read and answer lines until /exit or the end of input."""
@@ -579,7 +582,10 @@ def _print_summary(outcome: _Outcome) -> None:
     lines = [
         ("output", f"{outcome.tokens} tokens, ended by {outcome.finish_reason}"),
         ("decode", f"{timing.decode_rate:.1f} tokens/s"),
-        ("prefill", f"{timing.prefill_rate:.1f} tokens/s ({timing.prompt_tokens} tokens)"),
+        (
+            "prefill",
+            f"{timing.prefill_rate:.1f} tokens/s ({timing.prompt_tokens} tokens, {timing.reused_tokens} reused)",
+        ),
         ("rounds", f"{stats.rounds}, {stats.accepted_per_round:.2f} drafts accepted per round"),
         ("accepted", _bars(stats.acceptance_per_position)),
         ("memory", f"{_bytes(timing.peak_memory)} at its peak"),
