@@ -13,7 +13,7 @@ import numpy as np
 from .admission import Admission, Job
 from .cache import KVCache
 from .depth import DepthPolicy, RoundShape, RowOutcome, RowState
-from .prefix import as_tokens
+from .prefix import PrefixCache, as_tokens
 from .request import ConstraintError, FinishReason, Request, TokenEvent, TokenLogprob
 from .sampling import Constraint, Sampler
 from .speculative import MAX_DEPTH, Block, Masks, Round, Speculator
@@ -44,8 +44,9 @@ class Scheduler:
     in forwards of at most `chunk`) or one round of all rows, in turn where both wait, so that running rows stall for
     one prefill step at most. Up to `max_batch` requests have a row or are prefilled; their K/V stays within
     `kv_budget` bytes (None: no limit): who doesn't fit waits, and if rows outgrow it, the newest goes back to the queue
-    and is computed anew later. `prefix_cache` bytes more hold K/V of prompts and outputs that are over, for prompts
-    that begin alike. `constrain` starts a request's constraint, or raises ValueError.
+    and is computed anew later. `prefix_cache` (a count of bytes more, or one that outlives this scheduler) holds K/V of
+    prompts and outputs that are over, for prompts that begin alike. `constrain` starts a request's constraint, or
+    raises ValueError.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Scheduler:
         chunk: int = 512,
         prefill_budget: int = 512,
         kv_budget: int | None = None,
-        prefix_cache: int = 0,
+        prefix_cache: int | PrefixCache = 0,
         constrain: Callable[[Request], Constraint | None] = lambda _: None,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("chunk", chunk), ("prefill_budget", prefill_budget)):
@@ -68,8 +69,9 @@ class Scheduler:
         self._speculator = speculator
         self._vocab_size, self._max_positions = vocab_size, max_positions
         self._depth, self._budget, self._constrain = depth, prefill_budget, constrain
+        prefixes = PrefixCache(speculator.spec, prefix_cache) if isinstance(prefix_cache, int) else prefix_cache
         self._admission = Admission(
-            speculator, max_batch=max_batch, chunk=chunk, kv_budget=kv_budget, prefix_cache=prefix_cache
+            speculator, max_batch=max_batch, chunk=chunk, kv_budget=kv_budget, prefixes=prefixes
         )
         self._cache = KVCache(speculator.spec)
         self._rows: list[Job | None] = []
