@@ -271,20 +271,22 @@ class _Loop:
             mx.reset_peak_memory()
             self.started.set_result(None)
             while not (self._stopping and not self._streams):
-                self._obey()
+                self._obey(wait=not scheduler.busy)
                 if scheduler.busy:
                     self._step(scheduler)
         finally:
             self._finish()
 
-    def _obey(self) -> None:
-        """Do what callers asked for; wait for them if there is nothing else to do."""
-        wait = self._scheduler is not None and not self._scheduler.busy
+    def _obey(self, *, wait: bool) -> None:
+        """Do what callers asked for; with `wait`, wait until they ask for something."""
+        self._note(always=wait)
+        asked = False
         with suppress(Empty):
             while True:
-                self._commands.get(block=wait)()
-                wait = False
-        self._note(always=self._scheduler is not None and not self._scheduler.busy)
+                self._commands.get(block=wait and not asked)()
+                asked = True
+        if asked:
+            self._note(always=True)
 
     def _add(self, job: Job, stream: Stream) -> None:
         self._streams[job.id] = stream
