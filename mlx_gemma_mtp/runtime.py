@@ -129,6 +129,7 @@ class Runtime:
         self.config, self.drafter_config = loaded.config, loaded.drafter_config
         self.text = TextCodec.from_directory(loaded.path)
         self._grammars: Grammars | None = None
+        self._claimed = False
         self._stop_ids = read_stop_ids(loaded.path) if self.text is None else self.text.stop_ids
         spec = CacheSpec(slots=self.config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
         self._speculator = Speculator(
@@ -234,6 +235,37 @@ class Runtime:
         drafted: list[int] = block[0].tolist()  # type: ignore[assignment]
         return drafted
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an output."""
+        return self._stop_ids
+
+    def scheduler(self, *, depth: int | str = "auto", max_batch: int = 8, prefill_budget: int = 2048) -> Scheduler:
+        """A scheduler over these models, to be made and stepped in one thread. Raises ValueError."""
+        return Scheduler(
+            self._speculator,
+            vocab_size=self.config.vocab_size,
+            max_positions=self.config.max_positions,
+            depth=parse_depth(depth),
+            max_batch=max_batch,
+            chunk=_CHUNK,
+            prefill_budget=prefill_budget,
+            constrain=self._constrain,
+        )
+
+    def claim(self) -> None:
+        """Refuse direct calls until `release`: an engine computes with these models in its own thread."""
+        self._check_free()
+        self._claimed = True
+
+    def release(self) -> None:
+        """End a claim."""
+        self._claimed = False
+
+    def _check_free(self) -> None:
+        if self._claimed:
+            raise RuntimeError("an Engine has this runtime: submit requests to it, or shut it down first")
+
     def info(self) -> dict[str, Any]:
         """What is loaded: layers, parameters, bytes of weights and K/V, and what the drafter reads. Ready for JSON."""
         loaded, spec = self._loaded, self._speculator.spec
@@ -297,6 +329,7 @@ class Runtime:
         return cache, hidden
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
+        self._check_free()
         ids = _whole_numbers(tokens)
         if not ids:
             raise ValueError("tokens is empty, expected at least one token id")
@@ -332,15 +365,8 @@ class Runtime:
         params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         if len(params) != len(prompts):
             raise ValueError(f"sampling has {len(params)} entries for {len(prompts)} prompts")
-        scheduler = Scheduler(
-            self._speculator,
-            vocab_size=self.config.vocab_size,
-            max_positions=self.config.max_positions,
-            depth=parse_depth(depth),
-            max_batch=max_batch or max(len(prompts), 1),
-            chunk=_CHUNK,
-            constrain=self._constrain,
-        )
+        self._check_free()
+        scheduler = self.scheduler(depth=depth, max_batch=max_batch or max(len(prompts), 1))
         timing, by_id = Timing(), {}
         for i, (ids, output, p) in enumerate(zip(prompts, outputs, params, strict=True)):
             request = Request(

@@ -6,6 +6,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +20,7 @@ from .stats import SpecStats
 
 
 @dataclass(kw_only=True)
-class _Job:
+class Job:
     """A request on its way: waiting, being prefilled (it has a cache of its own), or a row of the batch."""
 
     id: int
@@ -65,31 +66,52 @@ class Scheduler:
         self._depth, self._max_batch, self._chunk, self._budget = depth, max_batch, chunk, prefill_budget
         self._constrain = constrain
         self._cache = KVCache(speculator.spec)
-        self._rows: list[_Job | None] = []
+        self._rows: list[Job | None] = []
         self._block: Block | None = None
         self._key = mx.random.key(secrets.randbits(63))
         self._sampler = Sampler([], vocab_size, self._key)
-        self._waiting: deque[_Job] = deque()
-        self._next_id = 0
+        self._waiting: deque[Job] = deque()
+        self._ids = count()
         self._prefilled_last = False
 
     @property
     def busy(self) -> bool:
         """True while there is something to do."""
-        return bool(self._waiting) or self._running > 0
+        return bool(self._waiting) or self.running > 0
 
     @property
     def next_is_prefill(self) -> bool:
         """Whether the next step prefills."""
-        room = bool(self._waiting) and self._running < self._max_batch
-        return room and (self._running == 0 or not self._prefilled_last)
+        room = bool(self._waiting) and self.running < self._max_batch
+        return room and (self.running == 0 or not self._prefilled_last)
 
     @property
-    def _running(self) -> int:
+    def running(self) -> int:
+        """Rows of the batch in use."""
         return sum(job is not None for job in self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are no row yet."""
+        return len(self._waiting)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K/V allocated."""
+        return self._cache.nbytes + sum(job.cache.nbytes for job in self._waiting if job.cache is not None)
 
     def add(self, request: Request) -> tuple[int, SpecStats]:
         """Queue a request; returns its id and its counters, which stay up to date. Raises ValueError."""
+        job = self.prepare(request)
+        self.enqueue(job)
+        return job.id, job.stats
+
+    def enqueue(self, job: Job) -> None:
+        """Queue what `prepare` made."""
+        self._waiting.append(job)
+
+    def prepare(self, request: Request) -> Job:
+        """Check a request and start its constraint. Changes nothing here: any thread may call it. Raises ValueError."""
         needed = len(request.prompt) + request.max_tokens
         if needed > self._max_positions:
             raise ValueError(
@@ -105,10 +127,7 @@ class Scheduler:
         if request.sampling.constraint is not None and constraint is None:
             raise ValueError(f"constraint is {request.sampling.constraint!r}: nothing here can honour it")
         stats = SpecStats(contracts={request.sampling.contract: 1})
-        job = _Job(id=self._next_id, request=request, stats=stats, constraint=constraint)
-        self._next_id += 1
-        self._waiting.append(job)
-        return job.id, job.stats
+        return Job(id=next(self._ids), request=request, stats=stats, constraint=constraint)
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request at once, whatever its state; no event follows. False if it isn't there (any more)."""
@@ -123,18 +142,31 @@ class Scheduler:
                 return True
         return False
 
+    def abort(self) -> list[int]:
+        """Drop all that has K/V, after a step that raised; what waits stays. Returns the ids dropped."""
+        dropped = [job.id for job in self._rows if job is not None]
+        dropped += [job.id for job in self._waiting if job.cache is not None]
+        self._waiting = deque(job for job in self._waiting if job.cache is None)
+        self._cache, self._rows, self._block = KVCache(self._speculator.spec), [], None
+        self._sampler = Sampler([], self._vocab_size, self._key)
+        return dropped
+
+    def __contains__(self, request_id: int) -> bool:
+        """Whether a request is here, waiting or running."""
+        return any(job is not None and job.id == request_id for job in (*self._waiting, *self._rows))
+
     def step(self) -> list[TokenEvent]:
         """Do one prefill step or one round; returns what requests got, in the order of their rows."""
         if self.next_is_prefill:
             self._prefilled_last = True
             return self._prefill()
         self._prefilled_last = False
-        return self._round() if self._running else []
+        return self._round() if self.running else []
 
     def _prefill(self) -> list[TokenEvent]:
         budget, events = self._budget, []
-        ready: list[tuple[_Job, Block]] = []
-        while self._waiting and budget > 0 and self._running + len(ready) < self._max_batch:
+        ready: list[tuple[Job, Block]] = []
+        while self._waiting and budget > 0 and self.running + len(ready) < self._max_batch:
             job, hidden = self._waiting[0], None
             prompt = job.request.prompt
             if job.cache is None:
@@ -158,7 +190,7 @@ class Scheduler:
         self._admit(ready)
         return events
 
-    def _admit(self, ready: list[tuple[_Job, Block]]) -> None:
+    def _admit(self, ready: list[tuple[Job, Block]]) -> None:
         if not ready:
             return
         caches = [job.cache for job, _ in ready if job.cache is not None]
@@ -217,7 +249,7 @@ class Scheduler:
             depths[row] = depth
         return depths
 
-    def _state(self, job: _Job) -> RowState:
+    def _state(self, job: Job) -> RowState:
         # The next round gives one token at least: drafts beyond the rest of what is asked for are of no use.
         left = job.request.max_tokens - job.stats.tokens - 1
         return RowState(request=job.id, cap=min(MAX_DEPTH, max(left - 1, 0)), fixed=job.request.depth)
@@ -227,7 +259,7 @@ class Scheduler:
         lengths = [n for n, job in zip(self._cache.lengths, self._rows, strict=False) if job is not None]
         return sum(lengths) // max(len(lengths), 1)
 
-    def _event(self, job: _Job, result: Round, row: int) -> TokenEvent:
+    def _event(self, job: Job, result: Round, row: int) -> TokenEvent:
         """What a row's new tokens mean for its request: cut at a stop token or at max_tokens."""
         count, request = result.counts[row], job.request
         tokens, drafted = result.tokens[row][:count], [True] * (count - 1) + [False]
@@ -253,7 +285,7 @@ class Scheduler:
             logprobs=tuple(TokenLogprob(p.token, p.logprob, p.top[:asked]) for p in logprobs),
         )
 
-    def _masks(self, jobs: Sequence[_Job | None], block: Block) -> Masks | None:
+    def _masks(self, jobs: Sequence[Job | None], block: Block) -> Masks | None:
         """What the rows' constraints allow at each position of a block; None if no row has one."""
         if all(job is None or job.constraint is None for job in jobs):
             return None
