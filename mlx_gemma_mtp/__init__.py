@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .generation import Generation
     from .request import Request, SamplingParams, TokenEvent
-    from .runtime import Generation, Runtime, load
+    from .runtime import Runtime, load
     from .stats import SpecStats
 
 _HOMES = {
-    "Generation": "runtime",
+    "Generation": "generation",
     "Request": "request",
     "Runtime": "runtime",
     "SamplingParams": "request",

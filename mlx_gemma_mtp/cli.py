@@ -22,8 +22,9 @@ from .convert.cli import ConvertCommand
 from .convert.cli import convert as _convert
 
 if TYPE_CHECKING:
+    from .generation import Generation, Step, Timing
     from .request import FinishReason, SamplingParams
-    from .runtime import Generation, Runtime, Step, Timing
+    from .runtime import Runtime
     from .stats import SpecStats
     from .text import Piece
 

@@ -64,12 +64,14 @@ class OutputReader:
     """Tokens of one output to text that ends before a stop string. Only the answer is searched, no thought.
 
     Tokens are read one at a time, so that where an output ends doesn't depend on the blocks they came in. `matched`
-    is the stop string that ended it; the token that completed it is the last one read.
+    is the stop string that ended it; the token that completed it is the last one read. What the first `min_tokens`
+    tokens say is not searched.
     """
 
-    def __init__(self, stream: TextStream, stops: Sequence[str] = ()) -> None:
+    def __init__(self, stream: TextStream, stops: Sequence[str] = (), *, min_tokens: int = 0) -> None:
         self._stream = stream
         self._stops = StopStrings(stops) if stops else None
+        self._unsearched = min_tokens
         self._held: deque[Piece] = deque()
 
     @property
@@ -85,7 +87,9 @@ class OutputReader:
         for i, token in enumerate(tokens):
             if self._stops.matched is not None:
                 return Reading(pieces=merged(pieces), kept=i)
-            pieces += self._searched(self._stops, self._stream.push([token], drafted[i : i + 1]))
+            new = self._stream.push([token], drafted[i : i + 1])
+            pieces += self._searched(self._stops, new) if self._unsearched <= 0 else new
+            self._unsearched -= 1
         return Reading(pieces=merged(pieces), kept=len(tokens))
 
     def flush(self) -> tuple[Piece, ...]:

@@ -364,7 +364,8 @@ class ToolStream:
         self._detokenizer = self._codec.detokenizer()
 
     def _in_call(self, token: int, drafted: bool) -> list[Delta]:
-        assert self._detokenizer is not None and self._writer is not None
+        assert self._detokenizer is not None
+        assert self._writer is not None
         out = self._text(self._detokenizer.push(token), drafted)
         if token == self._quote:
             self._raw += QUOTE

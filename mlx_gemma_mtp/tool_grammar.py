@@ -58,7 +58,7 @@ def call_grammar(tools: Sequence[Tool], rules: CallRules, *, marks: tuple[int, i
     """
     opens, closes, quote = (f"<[{i}]>" for i in marks)
     writer = _Rules(quote)
-    calls = [f'{opens} {_literal("call:" + tool.name)} {writer.arguments(tool)} {closes}' for tool in tools]
+    calls = [f"{opens} {_literal('call:' + tool.name)} {writer.arguments(tool)} {closes}" for tool in tools]
     lines = [f"call: {' | '.join(calls)}", f"calls: call{'+' if rules.many else ''}"]
     if rules.need == "call":
         lines.append("start: calls")
@@ -90,7 +90,7 @@ class _Rules:
         name = f"r{len(self.lines)}"
         self.lines.append(f"{name}: {body}")
         if len(self.lines) > _MAX_RULES:
-            raise ValueError(f"tool {self._tool.name!r}: its parameters are too large, expected under {_MAX_RULES} rules")
+            raise ValueError(f"tool {self._tool.name!r}: its parameters need more than {_MAX_RULES} rules")
         return name
 
     def _schema(self, schema: object, where: str) -> str:

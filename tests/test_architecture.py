@@ -20,7 +20,7 @@ LEVELS: dict[str, float] = {
     "views": 1, "sampling": 1, "cache": 1.5,
     "models": 2, "speculative": 2, "depth": 2,
     "loading": 3, "scheduler": 3, "probe": 3,
-    "text": 4, "tool_grammar": 4, "stops": 4.5, "constraints": 4.5, "tool_calls": 4.6,
+    "text": 4, "tool_grammar": 4, "stops": 4.5, "constraints": 4.5, "tool_calls": 4.6, "generation": 4.8,
     "runtime": 5, "engine": 5,
     "verify": 6, "convert": 6, "tune": 6,
     "server": 7, "verify_cli": 7, "serve_cli": 7.5,

@@ -36,11 +36,13 @@ def test_stop_ids(
             (tmp_path / name).write_text(json.dumps(value))
     assert read_stop_ids(tmp_path) == expected
 
+
 @pytest.mark.parametrize("value", ["1", True, -1, [1, "2"], {"id": 1}])
 def test_stop_ids_that_are_no_ids(tmp_path: Path, value: object) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(ValueError, match=r"eos_token_id in .*generation_config\.json"):
         read_stop_ids(tmp_path)
+
 
 def test_a_broken_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")

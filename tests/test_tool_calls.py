@@ -101,7 +101,9 @@ def test_mlx_lm_1150_hyphens_in_names() -> None:
 
 
 def test_rapid_mlx_1102_nested_objects_are_not_truncated() -> None:
-    body = f"call:ask{{arguments:{{message:{QUOTE}How {{are}} you?{QUOTE},to:[{{id:1}},{{id:2}}]}},agent:{QUOTE}b{QUOTE}}}"
+    body = (
+        f"call:ask{{arguments:{{message:{QUOTE}How {{are}} you?{QUOTE},to:[{{id:1}},{{id:2}}]}},agent:{QUOTE}b{QUOTE}}}"
+    )
     assert parsed(body)[1] == {
         "arguments": {"message": "How {are} you?", "to": [{"id": 1}, {"id": 2}]},
         "agent": "b",
@@ -181,7 +183,7 @@ def test_ollama_17182_null_arguments_stay() -> None:
         ("call:f{city:Paris, France}", {"city": "Paris", "France": None}),
         ("call : f {a : 1 , }", {"a": 1}),
         ("call:f{a:007,b:-1.5e3,c:1.}", {"a": "007", "b": -1500.0, "c": "1."}),
-        (f"call:f{{{QUOTE}a b{QUOTE}:1,\"c\":2}}", {"a b": 1, "c": 2}),
+        (f'call:f{{{QUOTE}a b{QUOTE}:1,"c":2}}', {"a b": 1, "c": 2}),
     ],
 )
 def test_what_is_malformed_is_understood_as_well_as_can_be(body: str, expected: dict[str, Any]) -> None:
@@ -196,7 +198,12 @@ def test_arguments_stream() -> None:
 
 
 def read(
-    codec: TextCodec, text: str, *, tools: Sequence[str] | None = ("get_weather", "get_time"), cut: bool = False, **more: Any
+    codec: TextCodec,
+    text: str,
+    *,
+    tools: Sequence[str] | None = ("get_weather", "get_time"),
+    cut: bool = False,
+    **more: Any,
 ) -> list[Delta]:
     stream, out = ToolStream(codec, tools=tools, **more), list[Delta]()
     for token in codec.encode(text)[1:]:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import mlx_gemma_mtp
-from mlx_gemma_mtp.constraints import ConstraintError, Grammars, JsonSchema, Lark
+from mlx_gemma_mtp.constraints import Grammars, JsonSchema, Lark
+from mlx_gemma_mtp.request import ConstraintError
 from mlx_gemma_mtp.text import TextCodec
 from mlx_gemma_mtp.tool_grammar import CallRules, Tool, call_grammar
 
