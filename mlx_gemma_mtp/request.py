@@ -128,18 +128,6 @@ class TokenEvent:
             raise ValueError(f"drafted has {len(self.drafted)} flags for {len(self.tokens)} tokens")
 
 
-class QueueFull(RuntimeError):  # noqa: N818
-    """An engine takes no more requests for now. `retry_after`: seconds after which to try again."""
-
-    def __init__(self, message: str, *, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class EngineClosed(RuntimeError):  # noqa: N818
-    """An engine takes no requests any more: it is being, or has been, shut down."""
-
-
 def _check(name: str, value: object, ok: bool, expected: str) -> None:
     if not ok:
         raise ValueError(f"{name} is {value!r}, expected {expected}")

@@ -312,9 +312,10 @@ class ToolStream:
         prompt: Sequence[int] = (),
         tools: Collection[str] | None = None,
         stops: Sequence[str] = (),
+        min_tokens: int = 0,
     ) -> None:
         self._codec = codec
-        self._reader = OutputReader(codec.stream(prompt), stops)
+        self._reader = OutputReader(codec.stream(prompt), stops, min_tokens=min_tokens)
         self._tools = tools
         self._open, self._close, self._quote = (codec.mark(m) for m in (CALL_OPEN, CALL_CLOSE, QUOTE))
         self._thinking = codec.in_thought(prompt)
