@@ -335,6 +335,11 @@ class ToolStream:
         """Whether the next token is the answer's, and not within a thought or a call."""
         return self._writer is None and not self._thinking
 
+    @property
+    def in_thought(self) -> bool:
+        """Whether the next token is a thought's, or its closing mark."""
+        return self._thinking
+
     def push(self, token: int, drafted: bool = False) -> list[Delta]:
         """What `token` makes final."""
         if self._writer is not None:
