@@ -75,6 +75,8 @@ class Request:
     `ignore_eos`; `depth` is the number of drafts per round for this row (None: the scheduler's own); `choice` tells
     several outputs of one prompt and seed apart: each has noise of its own. `stop` strings end the text in front of
     them, behind the first `min_tokens` tokens: they are looked for by whoever makes text of the tokens (see `stops`).
+    `checkpoints`: lengths of the prompt at which later prompts may part from it (ends of turns): a prefix cache can go
+    on from there.
     """
 
     prompt: Sequence[int]
@@ -85,6 +87,7 @@ class Request:
     depth: int | None = None
     ignore_eos: bool = False
     choice: int = 0
+    checkpoints: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         _check("prompt", self.prompt, len(self.prompt) > 0, "at least one token id")

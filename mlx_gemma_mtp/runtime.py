@@ -238,9 +238,15 @@ class Runtime:
         return self._stop_ids
 
     def scheduler(
-        self, *, depth: int | str | DepthPolicy = "auto", max_batch: int = 8, prefill_budget: int = 2048
+        self,
+        *,
+        depth: int | str | DepthPolicy = "auto",
+        max_batch: int = 8,
+        prefill_budget: int = 512,
+        kv_budget: int | None = None,
+        prefix_cache: int = 0,
     ) -> Scheduler:
-        """A scheduler over these models, to be made and stepped in one thread. Raises ValueError.
+        """A scheduler over these models, to be made and stepped in one thread; see `Scheduler`. Raises ValueError.
 
         It keeps constraints, but knows no stop strings: see `stops.OutputReader`.
         """
@@ -252,6 +258,8 @@ class Runtime:
             max_batch=max_batch,
             chunk=_CHUNK,
             prefill_budget=prefill_budget,
+            kv_budget=kv_budget,
+            prefix_cache=prefix_cache,
             constrain=self._constrain,
         )
 

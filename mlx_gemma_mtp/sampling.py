@@ -138,11 +138,12 @@ class Constraint(Protocol):
         """Tokens allowed before each of `drafts` and behind the last: (len(drafts) + 1, ceil(vocab / 32)).
 
         Token t is bit t % 32 of word t // 32.
-        Where a draft is itself forbidden, what is said of the positions behind it doesn't matter.
+        Where a draft is itself forbidden, what is said of the positions behind it doesn't matter. Raises
+        ConstraintError when no token could follow.
         """
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Note the tokens that the output was given."""
+        """Note the tokens that the output was given. Raises ConstraintError at one that was not allowed."""
 
 
 class Rows:

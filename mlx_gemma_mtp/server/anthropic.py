@@ -107,9 +107,7 @@ class MessageAnswer:
         for data in self._close():
             yield _named(data)
         usage = self._usage(choice)
-        yield _named(
-            {"type": "message_delta", "delta": self._end(choice), "usage": usage, "mtp": self._report(choice)}
-        )
+        yield _named({"type": "message_delta", "delta": self._end(choice), "usage": usage, "mtp": self._report(choice)})
         yield _named({"type": "message_stop"})
 
     def _of(self, delta: Delta) -> list[dict[str, Any]]:

@@ -69,7 +69,9 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     path = _path(error["loc"])
     if error["type"] == "json_invalid":
         reason = error.get("ctx", {}).get("error", "")
-        return bad(f"the body is no valid JSON: {reason}" if reason else "the body is no valid JSON", code="invalid_json")
+        return bad(
+            f"the body is no valid JSON: {reason}" if reason else "the body is no valid JSON", code="invalid_json"
+        )
     if error["type"] == "extra_forbidden":
         return bad(f"unrecognized request argument: {path}", path, "unknown_parameter")
     if error["type"] == "missing":

@@ -95,7 +95,9 @@ class _EngineFigures(Collector):
             ("drafted", stats.spec.drafted_per_position),
             ("accepted", stats.spec.accepted_per_position),
         ):
-            family = CounterMetricFamily(f"{_NAME}_{what}_by_position", f"Drafts {what}, by position.", labels=["position"])
+            family = CounterMetricFamily(
+                f"{_NAME}_{what}_by_position", f"Drafts {what}, by position.", labels=["position"]
+            )
             for i, count in enumerate(counts):
                 family.add_metric([str(i + 1)], count)
             yield family

@@ -40,9 +40,7 @@ async def chat_job(service: Service, body: ChatRequest) -> Job:
         schema=_schema(body),
         budget=budget,
     )
-    ids = await service.render(
-        messages(body.messages), thinking=thinks, tools=prompts.for_template(tools)
-    )
+    ids = await service.render(messages(body.messages), thinking=thinks, tools=prompts.for_template(tools))
     if body.top_logprobs is not None and not body.logprobs:
         raise bad("top_logprobs needs logprobs: true", "top_logprobs")
     suppressed = codec.mark("<|tool_call>") if tools and choice == "none" else None
@@ -102,11 +100,17 @@ def messages(given: Sequence[Message]) -> list[prompts.Message]:
         if m.tool_calls and m.role != "assistant":
             raise bad(f"{where}.tool_calls: only an assistant's message may have calls", f"{where}.tool_calls")
         if (m.role == "tool") != (m.tool_call_id is not None):
-            raise bad(f"{where}.tool_call_id: a tool's message needs one, and no other has one", f"{where}.tool_call_id")
+            raise bad(
+                f"{where}.tool_call_id: a tool's message needs one, and no other has one", f"{where}.tool_call_id"
+            )
         thought = m.reasoning_content or m.reasoning
         if m.tool_calls:
             calls = [
-                (c.id, c.function.name, prompts.arguments_of(c.function.arguments, f"{where}.tool_calls[{j}].arguments"))
+                (
+                    c.id,
+                    c.function.name,
+                    prompts.arguments_of(c.function.arguments, f"{where}.tool_calls[{j}].arguments"),
+                )
                 for j, c in enumerate(m.tool_calls)
             ]
             out.append(prompts.call_message(calls, text, thought))

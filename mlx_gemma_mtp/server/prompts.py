@@ -167,7 +167,13 @@ def thinking(
 
 
 def _calls(
-    codec: TextCodec, tools: Sequence[Tool], *, choice: Choice, named: str | None, parallel: bool, schema: JsonSchema | None
+    codec: TextCodec,
+    tools: Sequence[Tool],
+    *,
+    choice: Choice,
+    named: str | None,
+    parallel: bool,
+    schema: JsonSchema | None,
 ) -> Lark:
     marks = [codec.mark(m) for m in (CALL_OPEN, CALL_CLOSE, QUOTE)]
     opens, closes, quote = (-1 if m is None else m for m in marks)

@@ -24,7 +24,9 @@ class Part(BaseModel):
 class Mtp(Body):
     """This server's own fields, the same in every API."""
 
-    depth: Annotated[int | None, Field(ge=0, le=8, description="Drafts per round; 0: none. Default: the server's.")] = None
+    depth: Annotated[int | None, Field(ge=0, le=8, description="Drafts per round; 0: none. Default: the server's.")] = (
+        None
+    )
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     repetition_penalty: Annotated[float | None, Field(gt=0, le=10)] = None
     min_tokens: Annotated[int | None, Field(ge=0)] = None
