@@ -28,7 +28,7 @@ class MessageBody(Body):
 class ToolSpec(Body):
     """A tool on offer: only the client's own are."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.:/-]{1,256}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]+$", max_length=256)]
     description: str | None = None
     input_schema: dict[str, Any]
     type: Literal["custom"] | None = None

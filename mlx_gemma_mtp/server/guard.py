@@ -27,7 +27,7 @@ Failure = Callable[[Scope, ApiError], ASGIApp]
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 _DRAINED = 8
-_LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Rules:
     max_body: int = 4 * 2**20
     key: str | None = None
     origins: Sequence[str] = ()
-    hosts: frozenset[str] | None = _LOCAL
+    hosts: frozenset[str] | None = LOCAL_HOSTS
 
 
 class Guard:

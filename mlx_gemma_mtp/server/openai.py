@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from ..constraints import JsonSchema
 from ..request import TokenLogprob
 from ..text import Piece, TextCodec
 from ..tool_calls import CallDelta
@@ -68,7 +69,7 @@ async def completion_job(service: Service, body: CompletionRequest) -> Job:
     given = body.prompt
     texts = [given] if isinstance(given, str) else given
     if texts and isinstance(texts[0], int):
-        texts = [texts]  # type: ignore[list-item]
+        texts = [texts]
     if not texts:
         raise bad("prompt is empty", "prompt", "invalid_value")
     ids = [t if isinstance(t, list) else await service.text(service.codec.encode, t) for t in texts]
@@ -79,7 +80,7 @@ async def completion_job(service: Service, body: CompletionRequest) -> Job:
     if len(ids) * (body.n or 1) > 128:
         raise bad("prompts and n ask for more than 128 outputs", "n", "invalid_value")
     return Job(
-        prompts=ids,  # type: ignore[arg-type]
+        prompts=ids,
         sampling=service.sampling(**_sampling(body, service.codec), logprobs=body.logprobs),
         max_tokens=16 if body.max_tokens is None else body.max_tokens,
         n=body.n or 1,
@@ -234,7 +235,7 @@ class ChatAnswer:
         index: int,
         delta: Mapping[str, Any],
         finish: str | None,
-        more: Mapping[str, Any],
+        more: dict[str, Any],
         logprobs: Mapping[str, Any] | None = None,
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -403,7 +404,7 @@ def _thinking(body: ChatRequest) -> tuple[bool, int | None]:
     return prompts.thinking(effort=body.reasoning_effort, enabled=enabled, budget=body.thinking_budget)
 
 
-def _schema(body: ChatRequest) -> prompts.JsonSchema | None:
+def _schema(body: ChatRequest) -> JsonSchema | None:
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return None

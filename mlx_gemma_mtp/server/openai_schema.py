@@ -49,7 +49,7 @@ class Message(Body):
 class FunctionTool(Body):
     """A function on offer."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.:/-]{1,256}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]+$", max_length=256)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None

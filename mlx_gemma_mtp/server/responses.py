@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from ..constraints import JsonSchema
 from . import prompts
 from .errors import ApiError, bad, of_validation
 from .responses_schema import Item, ResponsesRequest
@@ -79,7 +80,7 @@ class ResponseAnswer:
                     for data in self._begin(kind):
                         yield data
                     name = "response.reasoning_text.delta" if kind == "thinking" else "response.output_text.delta"
-                    extra = {"logprobs": []} if kind == "answer" else {}
+                    extra: dict[str, Any] = {"logprobs": []} if kind == "answer" else {}
                     yield self._event(name, self._at() | {"delta": text} | extra)
         if not self._items:
             for data in self._begin("answer"):
@@ -178,7 +179,7 @@ class ResponseAnswer:
         return event({"type": name, "sequence_number": self._number} | data, name)
 
 
-def _schema(body: ResponsesRequest) -> prompts.JsonSchema | None:
+def _schema(body: ResponsesRequest) -> JsonSchema | None:
     wanted = body.text.format if body.text else None
     if wanted is None or wanted.type == "text":
         return None

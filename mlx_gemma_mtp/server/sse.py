@@ -46,7 +46,7 @@ class EventResponse(Response):
         timeout: float,
     ) -> None:
         self._events, self._cancel, self._failed, self._timeout = events, cancel, failed, timeout
-        self.status_code, self.background, self.body = 200, None, b""
+        self.status_code, self.background = 200, None
         self.init_headers(_HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
