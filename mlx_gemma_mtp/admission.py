@@ -62,11 +62,11 @@ class Admission:
     """
 
     def __init__(
-        self, speculator: Speculator, *, max_batch: int, chunk: int, kv_budget: int | None, prefix_cache: int
+        self, speculator: Speculator, *, max_batch: int, chunk: int, kv_budget: int | None, prefixes: PrefixCache
     ) -> None:
         self._speculator, self.spec = speculator, speculator.spec
         self._max_batch, self._chunk, self.kv_budget = max_batch, chunk, kv_budget
-        self.prefixes = PrefixCache(self.spec, prefix_cache)
+        self.prefixes = prefixes
         self.waiting: list[Job] = []
         self.started: list[Job] = []
         self.prefilled_tokens = 0

@@ -164,9 +164,10 @@ class TextCodec:
         turn_close = self._id(_TURN_CLOSE)
         self.stop_ids = stop_ids or frozenset(tokenizer.eos_token_ids) | _present(turn_close)
         self._channel_open = self._id(_CHANNEL_OPEN)
+        self._turn_open = self._id(_TURN_OPEN)
         # A call ends a thought, too: models do open one without closing the thought first.
-        marks = (_CHANNEL_CLOSE, _TURN_OPEN, _CALL_OPEN)
-        self._channel_closes = _present(turn_close, *(self._id(m) for m in marks))
+        marks = (self._id(_CHANNEL_CLOSE), self._id(_CALL_OPEN))
+        self._channel_closes = _present(self._turn_open, turn_close, *marks)
 
     @classmethod
     def from_directory(cls, path: Path) -> TextCodec | None:
@@ -223,6 +224,14 @@ class TextCodec:
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refused the messages: {error}") from error
         return self._with_one_bos(ids)
+
+    def checkpoints(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """Lengths of a rendered prompt at which later ones may part from it: behind its first turn and before its last.
+
+        The last turn is the model's, just begun: what the template puts into it is not what it becomes as history.
+        """
+        turns = [i for i, token in enumerate(prompt) if token == self._turn_open]
+        return tuple(sorted({turns[1], turns[-1]})) if len(turns) > 1 else ()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special tokens. Bytes that are no UTF-8 become U+FFFD."""
