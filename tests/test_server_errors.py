@@ -348,7 +348,8 @@ def test_a_client_that_goes_frees_its_rows(stream: bool, n: int) -> None:
         scope = {
             "type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions",
             "query_string": b"", "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
-            "scheme": "http", "server": ("test", 80), "client": ("test", 1), "root_path": "", "asgi": {"version": "3.0"},
+            "scheme": "http", "server": ("test", 80), "client": ("test", 1), "root_path": "",
+            "asgi": {"version": "3.0"},
         }  # fmt: skip
 
         async def send(_: Any) -> None:

@@ -163,7 +163,7 @@ class TestTools:
         fake = Fake(lambda _: events_of(CODEC, CALL[:40], finish="length"))
         got = fake.chat(tools=TOOLS).json()["choices"][0]
         assert got["finish_reason"] == "length"
-        with pytest.raises(ValueError, match="Unterminated|delimiter|Expecting"):
+        with pytest.raises(ValueError, match=r"Unterminated|delimiter|Expecting"):
             json.loads(got["message"]["tool_calls"][0]["function"]["arguments"])
 
     def test_a_loop_reaches_the_template(self) -> None:
