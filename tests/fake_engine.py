@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from mlx_gemma_mtp.engine import EngineClosed, EngineStats, QueueFull
-from mlx_gemma_mtp.request import Request, TokenEvent, TokenLogprob
+from mlx_gemma_mtp.request import FinishReason, Request, TokenEvent, TokenLogprob
 from mlx_gemma_mtp.stats import SpecStats
 from mlx_gemma_mtp.text import TextCodec
 
@@ -75,7 +75,7 @@ class FakeEngine:
 
 
 def events_of(
-    codec: TextCodec, text: str, *, chunk: int = 3, finish: str = "stop", logprobs: bool = False
+    codec: TextCodec, text: str, *, chunk: int = 3, finish: FinishReason = "stop", logprobs: bool = False
 ) -> list[TokenEvent]:
     """Events of an output that says `text`, `chunk` tokens at a time; all but the last of a chunk were drafted."""
     ids = codec.encode(text)[1:]
@@ -85,7 +85,6 @@ def events_of(
         drafted = (*[True] * (len(tokens) - 1), False) if start else (False,) * len(tokens)
         found = tuple(TokenLogprob(t, -0.5, ((t, -0.5), (5, -2.0))) for t in tokens) if logprobs else ()
         out.append(TokenEvent(request_id=0, tokens=tokens, drafted=drafted, logprobs=found))
-    end = TokenEvent(
-        request_id=0, tokens=(), drafted=(), finish_reason=finish, error="boom" if finish == "error" else None
-    )  # type: ignore[arg-type]
+    error = "boom" if finish == "error" else None
+    end = TokenEvent(request_id=0, tokens=(), drafted=(), finish_reason=finish, error=error)
     return [*out, end]

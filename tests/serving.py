@@ -39,7 +39,7 @@ def demo_codec() -> TextCodec:
 
 def service_over(engine: Backend, codec: TextCodec, **settings: Any) -> Service:
     """A service that calls its model "demo" and decodes greedily."""
-    given = {"models": ("demo",), "context": 8192, "defaults": GREEDY, "timeout": 60.0} | settings
+    given: dict[str, Any] = {"models": ("demo",), "context": 8192, "defaults": GREEDY, "timeout": 60.0} | settings
     return Service(engine, codec, Settings(**given), Metrics())
 
 
@@ -59,7 +59,7 @@ class Fake:
         """One request."""
 
         async def go() -> httpx.Response:
-            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)  # type: ignore[arg-type]
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
                 given = more if body is None else more | {"json": body}
                 return await client.request(method, path, **given)

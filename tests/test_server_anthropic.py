@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mlx_gemma_mtp.constraints import Lark, ThinkingBudget
+from mlx_gemma_mtp.request import FinishReason
 
 from .fake_engine import events_of
 from .serving import CODEC, Fake, events
@@ -110,7 +111,7 @@ def test_results_come_before_the_users_words() -> None:
         (CALL[:40], "length", {"tools": TOOLS}, "max_tokens", None),
     ],
 )
-def test_stop_reasons(text: str, finish: str, more: dict[str, Any], reason: str, sequence: str | None) -> None:
+def test_stop_reasons(text: str, finish: FinishReason, more: dict[str, Any], reason: str, sequence: str | None) -> None:
     fake = Fake(lambda _: events_of(CODEC, text, finish=finish))
     got = fake.message(**more).json()
     assert (got["stop_reason"], got["stop_sequence"]) == (reason, sequence)
@@ -143,16 +144,19 @@ def test_tool_choice(choice: dict[str, Any], held: bool) -> None:
     assert list(fake.request.sampling.suppress_tokens) == [48]
 
 
-def test_thinking() -> None:
+@pytest.mark.parametrize(
+    ("thinking", "thinks", "constraint"),
+    [
+        ({"type": "enabled", "budget_tokens": 1024}, True, ThinkingBudget(1024)),
+        ({"type": "adaptive"}, True, None),
+        ({"type": "disabled"}, False, None),
+    ],
+)
+def test_thinking(thinking: dict[str, Any], thinks: bool, constraint: object) -> None:
     fake = Fake()
-    fake.message(thinking={"type": "enabled", "budget_tokens": 1024})
-    assert "<|think|>" in fake.prompt
-    assert fake.request.sampling.constraint == ThinkingBudget(1024)
-    fake.message(thinking={"type": "adaptive"})
-    assert "<|think|>" in fake.prompt
-    assert fake.request.sampling.constraint is None
-    fake.message(thinking={"type": "disabled"})
-    assert "<|think|>" not in fake.prompt
+    fake.message(thinking=thinking)
+    assert ("<|think|>" in fake.prompt) is thinks
+    assert fake.request.sampling.constraint == constraint
 
 
 @pytest.mark.parametrize(

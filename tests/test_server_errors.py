@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from mlx_gemma_mtp.request import FinishReason
 from mlx_gemma_mtp.server.guard import Rules
 
 from .fake_engine import events_of
@@ -153,7 +154,7 @@ def test_a_closed_engine_is_503() -> None:
 
 
 @pytest.mark.parametrize("finish", ["error", "cancelled"])
-def test_failures_under_way(finish: str) -> None:
+def test_failures_under_way(finish: FinishReason) -> None:
     fake = Fake(lambda _: events_of(CODEC, "One two", finish=finish))
     status, kind = (500, "server_error") if finish == "error" else (503, "server_error")
     got = fake.chat()
@@ -345,7 +346,7 @@ def test_a_client_that_goes_frees_its_rows(stream: bool, n: int) -> None:
         body = json.dumps(chat_body(stream=stream, n=n)).encode()
         messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
-        scope = {
+        scope: dict[str, Any] = {
             "type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions",
             "query_string": b"", "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
             "scheme": "http", "server": ("test", 80), "client": ("test", 1), "root_path": "",
@@ -355,7 +356,7 @@ def test_a_client_that_goes_frees_its_rows(stream: bool, n: int) -> None:
         async def send(_: Any) -> None:
             pass
 
-        task = asyncio.create_task(fake.app(scope, messages.get, send))  # type: ignore[arg-type]
+        task = asyncio.ensure_future(fake.app(scope, messages.get, send))
         while len(fake.engine.streams) < n:
             await asyncio.sleep(0.01)
         messages.put_nowait({"type": "http.disconnect"})
