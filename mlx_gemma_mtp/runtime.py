@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from operator import index
 from typing import Any
 
@@ -68,9 +70,9 @@ class Runtime:
         self._stop_ids = read_stop_ids(loaded.path) if self.text is None else self.text.stop_ids
         spec = CacheSpec(slots=self.config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
         self.prefixes = PrefixCache(spec, 0)
-        self._speculator = Speculator(
-            loaded.target, loaded.drafter, spec, compiled=_can_compile() if compiled is None else compiled
-        )
+        compiled = _can_compile() if compiled is None else compiled
+        self._new_speculator = partial(Speculator, loaded.target, loaded.drafter, spec, compiled=compiled)
+        self._speculator = self._new_speculator()
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -249,13 +251,14 @@ class Runtime:
         prefill_budget: int = 512,
         kv_budget: int | None = None,
         prefix_cache: int | PrefixCache = 0,
+        speculator: Speculator | None = None,
     ) -> Scheduler:
         """A scheduler over these models, to be made and stepped in one thread; see `Scheduler`. Raises ValueError.
 
         It keeps constraints, but knows no stop strings: see `stops.OutputReader`.
         """
         return Scheduler(
-            self._speculator,
+            self._speculator if speculator is None else speculator,
             vocab_size=self.config.vocab_size,
             max_positions=self.config.max_positions,
             depth=parse_depth(depth) if isinstance(depth, int | str) else depth,
@@ -280,14 +283,20 @@ class Runtime:
         limit = memory_limit()
         return max(limit - limit // 16 - weights - prefix_cache, 0)
 
-    def claim(self) -> None:
-        """Refuse direct calls until `release`: an engine computes with these models in its own thread."""
-        self._check_free()
-        self._claimed = True
+    @contextmanager
+    def serving(self, *, kv_budget: int | None = None, prefix_cache: int = 0, **options: Any) -> Iterator[Scheduler]:
+        """A scheduler for an engine, which makes, steps and leaves it in one thread; direct calls raise meanwhile.
 
-    def release(self) -> None:
-        """End a claim."""
-        self._claimed = False
+        `kv_budget` None: `default_kv_budget`. For the rest see `scheduler`. Raises ValueError and RuntimeError.
+        """
+        self._check_free()
+        self._claimed, speculator = True, self._new_speculator()
+        try:
+            budget = self.default_kv_budget(prefix_cache) if kv_budget is None else kv_budget
+            yield self.scheduler(kv_budget=budget, prefix_cache=prefix_cache, speculator=speculator, **options)
+        finally:
+            speculator.forget()
+            self._claimed = False
 
     def _check_free(self) -> None:
         if self._claimed:

@@ -131,6 +131,10 @@ class Speculator:
         self._compiled = compiled
         self._functions: dict[tuple[str, _Key], Callable[..., Any]] = {}
 
+    def forget(self) -> None:
+        """Drop what was compiled, and the weights in it. For the thread that called it: MLX keeps it by thread."""
+        self._functions.clear()
+
     def prefill(self, cache: KVCache, tokens: Sequence[int]) -> mx.array:
         """Append a chunk of prompt to a cache of one row; returns the hidden state (1, hidden) of its last token."""
         return self.prefill_together([(cache, tokens)])

@@ -11,8 +11,10 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -88,22 +90,25 @@ class Models:
         self.gate, self.claims, self.made = Gate(), 0, weakref.WeakSet[Scheduler]()
         self._constrain = constrain
 
-    def scheduler(self, *, depth: int | str, **options: Any) -> Scheduler:
-        policy = parse_depth(depth) if isinstance(depth, int) else FixedDepth(3)
-        speculator = fake_speculator()
-        made = GatedScheduler(
-            speculator, vocab_size=VOCAB, max_positions=10_000, depth=policy, constrain=self._constrain, **options
-        )
-        made.gate = self.gate
-        self.made.add(made)
-        return made
-
-    def claim(self) -> None:
+    @contextmanager
+    def serving(self, *, depth: int | str, **options: Any) -> Iterator[Scheduler]:
         assert self.claims == 0
         self.claims += 1
-
-    def release(self) -> None:
-        self.claims -= 1
+        try:
+            policy = parse_depth(depth) if isinstance(depth, int) else FixedDepth(3)
+            made = GatedScheduler(
+                fake_speculator(),
+                vocab_size=VOCAB,
+                max_positions=10_000,
+                depth=policy,
+                constrain=self._constrain,
+                **options,
+            )
+            made.gate = self.gate
+            self.made.add(made)
+            yield made
+        finally:
+            self.claims -= 1
 
 
 @pytest.fixture
@@ -587,6 +592,20 @@ def test_direct_calls_are_refused_while_an_engine_has_the_runtime(rt: Runtime) -
             with pytest.raises(RuntimeError, match="an Engine has this runtime"):
                 call()
     assert rt.generate([5], max_tokens=2).tokens
+
+
+def test_nothing_of_a_model_outlives_it_and_its_engines() -> None:
+    gc.collect()
+    before = mx.get_active_memory()
+    rt = load("demo")
+    rt.generate([5, 6], max_tokens=4)
+    with Engine(rt) as engine:
+        engine.submit(Request(prompt=[5, 6], max_tokens=4)).result(WAIT)
+    assert mx.get_active_memory() > before + 5_000_000
+    del rt, engine
+    gc.collect()
+    mx.clear_cache()
+    assert mx.get_active_memory() < before + 10_000
 
 
 @pytest.mark.parametrize("end", ["engine.shutdown()", "pass"])
