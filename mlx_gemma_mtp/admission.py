@@ -121,7 +121,12 @@ class Admission:
         """
         ready: list[tuple[Job, mx.array]] = []
         while self.started and (budget > 0 or (until_ready and not ready)):
-            pieces = self._share(min(budget, self._chunk) if budget > 0 else self._chunk)
+            if self._speculator.alone:
+                if ready:
+                    break
+                pieces = [(self.started[0], min(self.started[0].left, self._chunk))]
+            else:
+                pieces = self._share(min(budget, self._chunk) if budget > 0 else self._chunk)
             chunks = [(job.cache, job.tokens[job.done : job.done + n].tolist()) for job, n in pieces if job.cache]
             hidden = self._speculator.prefill_together(chunks)
             for i, (job, n) in enumerate(pieces):

@@ -265,6 +265,7 @@ class Scheduler:
         if self._block is None:
             return []
         self._batch_at_risk = True
+        self._block = self._speculator.fitted(self._block)
         depths, verified, traces = self._plan(), self._block.depth, self._speculator.traces
         context, offered = self._context(), self._block.offered
         masks = self._masks(self._rows, self._block)
