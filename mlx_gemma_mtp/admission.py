@@ -43,6 +43,11 @@ class Job:
         return History(request.sampling, request.prompt, self.output, request.stop_ids, request.choice)
 
     @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the longest output."""
+        return len(self.request.prompt) + self.request.max_tokens
+
+    @property
     def done(self) -> int:
         """Tokens prefilled so far."""
         return 0 if self.cache is None else self.cache.lengths[0]
@@ -62,11 +67,11 @@ class Admission:
     """
 
     def __init__(
-        self, speculator: Speculator, *, max_batch: int, chunk: int, kv_budget: int | None, prefix_cache: int
+        self, speculator: Speculator, *, max_batch: int, chunk: int, kv_budget: int | None, prefixes: PrefixCache
     ) -> None:
         self._speculator, self.spec = speculator, speculator.spec
         self._max_batch, self._chunk, self.kv_budget = max_batch, chunk, kv_budget
-        self.prefixes = PrefixCache(self.spec, prefix_cache)
+        self.prefixes = prefixes
         self.waiting: list[Job] = []
         self.started: list[Job] = []
         self.prefilled_tokens = 0
@@ -149,13 +154,17 @@ class Admission:
         """Waiting requests that can be given a cache now, in their order."""
         if len(rows) + len(self.started) >= self._max_batch:
             return
-        lengths = [*rows, *(len(job.tokens) for job in self.started)]
+        lengths = [*rows, *map(self._planned, self.started)]
         for job in self.waiting:
-            planned = planned_bytes(self.spec, [*lengths, len(job.tokens)])
+            planned = planned_bytes(self.spec, [*lengths, self._planned(job)])
             if lengths and self.kv_budget is not None and planned > self.kv_budget:
                 return
             if not self._better_later(job):
                 yield job
+
+    def _planned(self, job: Job) -> int:
+        """Tokens that a job is given room for; all it may come to, where none may be computed anew."""
+        return job.length if self._speculator.alone else len(job.tokens)
 
     def _better_later(self, job: Job) -> bool:
         """Whether one that is being prefilled will soon hold more of the job's beginning than is known now."""

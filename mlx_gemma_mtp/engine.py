@@ -30,6 +30,7 @@ from .handle import Handle, Stream, wake
 from .request import FinishReason, Request, TokenEvent
 from .scheduler import Scheduler
 from .stats import SpecStats
+from .stops import OutputReader
 from .text import TextCodec
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,9 @@ class Models(Protocol):
     def stop_ids(self) -> frozenset[int]:
         """What ends a request that names no stop ids."""
 
-    def scheduler(self, *, depth: int | str, max_batch: int, prefill_budget: int) -> Scheduler:
+    def scheduler(
+        self, *, depth: int | str, max_batch: int, prefill_budget: int, kv_budget: int | None, prefix_cache: int
+    ) -> Scheduler:
         """Called and used in the engine's thread."""
 
     def claim(self) -> None:
@@ -75,16 +78,27 @@ class Models(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """A snapshot. `running` rows, `waiting` requests behind them, `ended` ones by reason; memory in bytes."""
+    """A snapshot. `running` rows, `paused` and `waiting` requests, `ended` ones by reason. Memory is in bytes.
+
+    `spec` sums the counters of all requests. For the rest see `scheduler.SchedulerStats`.
+    """
 
     running: int = 0
     waiting: int = 0
+    paused: int = 0
     ended: Mapping[FinishReason, int] = field(default_factory=dict)
     steps: int = 0
-    rounds: int = 0
     failed_steps: int = 0
+    rounds: int = 0
+    preemptions: int = 0
+    prefilled_tokens: int = 0
     spec: SpecStats = field(default_factory=SpecStats)
     kv_bytes: int = 0
+    kv_budget: int | None = None
+    prefix_bytes: int = 0
+    prefix_entries: int = 0
+    prefix_hits: int = 0
+    prefix_tokens: int = 0
     peak_memory: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +110,8 @@ class Engine:
     """Runs requests from any number of threads and event loops as one ragged batch.
 
     It owns `rt` until `shutdown`: direct calls of the runtime raise RuntimeError meanwhile. `max_batch` rows run at a
-    time, at most `max_waiting` requests more are taken (None: any number). As a context manager it drains on leaving,
+    time, at most `max_waiting` requests more are taken (None: any number). A row that is `buffer` tokens ahead of who
+    iterates over it pauses. For the other options see `scheduler.Scheduler`. As a context manager it drains on leaving,
     or cancels what is left if an exception leaves. Raises ValueError (an option) and RuntimeError (`rt` is taken).
     """
 
@@ -106,23 +121,28 @@ class Engine:
         *,
         max_batch: int = 8,
         depth: int | str = "auto",
-        prefill_budget: int = 2048,
+        prefill_budget: int = 512,
         kv_budget: int | None = None,
         prefix_cache: int = 0,
         max_waiting: int | None = None,
         buffer: int = 256,
     ) -> None:
-        if kv_budget is not None or prefix_cache:
-            raise ValueError("kv_budget and prefix_cache are not there yet")
         if buffer < 1:
             raise ValueError(f"buffer is {buffer}, expected at least 1")
         if max_waiting is not None and max_waiting < 0:
             raise ValueError(f"max_waiting is {max_waiting}, expected None or a count of at least 0")
         self._models = rt
         limit = None if max_waiting is None else max_batch + max_waiting
-        make = partial(rt.scheduler, depth=depth, max_batch=max_batch, prefill_budget=prefill_budget)
+        make = partial(
+            rt.scheduler,
+            depth=depth,
+            max_batch=max_batch,
+            prefill_budget=prefill_budget,
+            kv_budget=kv_budget,
+            prefix_cache=prefix_cache,
+        )
         rt.claim()
-        self._loop = _Loop(make, rt.release, limit)
+        self._loop = _Loop(make, rt.release, limit=limit, buffer=buffer)
         self._finalizer = weakref.finalize(self, _Loop.stop, self._loop)
         try:
             self._loop.started.result()
@@ -137,7 +157,7 @@ class Engine:
         EngineClosed.
         """
         request = request if request.stop_ids else replace(request, stop_ids=self._models.stop_ids)
-        return Handle(self._loop.submit(request), self._complete)
+        return Handle(self._loop.submit(request, self._reader(request)), self._complete)
 
     def stats(self) -> EngineStats:
         """How it stands: at most a twentieth of a second old, and never older than the last end of a request."""
@@ -157,36 +177,47 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.shutdown(drain=kind is None)
 
+    def _reader(self, request: Request) -> OutputReader | None:
+        if not request.stop:
+            return None
+        if self._models.text is None:
+            raise ValueError(f"stop is {request.stop!r}, but this checkpoint has no tokenizer: use stop_ids")
+        stream = self._models.text.stream(request.prompt)
+        return OutputReader(stream, request.stop, min_tokens=request.sampling.min_tokens)
+
     def _complete(self, output: Generation, request: Request) -> None:
         output.timing.peak_memory = self.stats().peak_memory
-        if self._models.text is not None:
+        if self._models.text is not None and not request.stop:
             output.text, output.thinking = self._models.text.split(output.tokens, request.prompt)
 
 
 class _Loop:
     """The thread, and all that it alone touches. It doesn't know its `Engine`, which may be dropped."""
 
-    def __init__(self, make: Callable[[], Scheduler], release: Callable[[], None], limit: int | None) -> None:
+    def __init__(
+        self, make: Callable[[], Scheduler], release: Callable[[], None], *, limit: int | None, buffer: int
+    ) -> None:
         self.started: Future[None] = Future()
         self.noted = EngineStats()
-        self._make, self._release, self._limit = make, release, limit
+        self._make, self._release, self._limit, self._buffer = make, release, limit, buffer
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock, self._grammars = threading.Lock(), threading.Lock()
         # Under the lock: whether requests are taken, and how many there are.
         self._closed, self._live, self._cut = False, 0, False
         self._scheduler: Scheduler | None = None
         self._streams: dict[int, Stream] = {}
-        self._running: dict[int, Stream] = {}
+        self._begun: dict[int, Stream] = {}
+        self._paused: set[int] = set()
         self._stopping = False
-        self._steps, self._rounds, self._failed, self._past = 0, 0, 0, SpecStats()
+        self._steps, self._failed, self._past = 0, 0, SpecStats()
         self._ended: Counter[FinishReason] = Counter()
         self._noted_at, self._ended_at, self._pace = 0.0, 0.0, 1.0
-        self._thread = threading.Thread(target=self._run, name="mlx-gemma-mtp engine", daemon=True)
-        self._thread.start()
+        self._over = threading.Event()
+        self._thread = _run_in_thread(self._run)
 
     # --- for callers, in their threads
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request, reader: OutputReader | None) -> Stream:
         """See `Engine.submit`."""
         with self._lock:
             scheduler = self._room()
@@ -195,14 +226,20 @@ class _Loop:
         else:
             with self._grammars:
                 job = scheduler.prepare(request)
-        # This queue's `put` takes no lock that the same thread could hold: finalizers may call it.
-        cancel = partial(self._commands.put, partial(self._cancel, job.id))
-        stream = Stream(job.id, request, job.stats, cancel)
+        stream = Stream(job.id, request, job.stats, reader=reader, buffer=self._buffer, link=self)
         with self._lock:
             self._room()
             self._live += 1
             self._commands.put(partial(self._add, job, stream))
         return stream
+
+    def end(self, request_id: int, reason: FinishReason) -> None:
+        """See `Link`: this queue's `put` takes no lock that the calling thread could hold."""
+        self._commands.put(partial(self._cancel, request_id, reason))
+
+    def resume(self, request_id: int) -> None:
+        """See `Link`."""
+        self._commands.put(partial(self._resume, request_id))
 
     def _room(self) -> Scheduler:
         if self._closed or self._scheduler is None:
@@ -217,11 +254,9 @@ class _Loop:
             self._closed = True
         self._commands.put(partial(self._stop, drain))
         # A finalizer may run in any thread.
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout if drain else None)
-            if self._thread.is_alive():
-                self._commands.put(partial(self._stop, False))
-                self._thread.join()
+        if threading.current_thread() is not self._thread and not self._over.wait(timeout if drain else None):
+            self._commands.put(partial(self._stop, False))
+            self._over.wait()
         return not self._cut
 
     # --- the thread
@@ -256,24 +291,29 @@ class _Loop:
         if self._scheduler is not None:
             self._scheduler.enqueue(job)
 
-    def _cancel(self, request_id: int) -> None:
+    def _cancel(self, request_id: int, reason: FinishReason = "cancelled") -> None:
         if request_id in self._streams and self._scheduler is not None:
             self._scheduler.cancel(request_id)
-            self._end([request_id], "cancelled")
+            self._end([request_id], reason)
+
+    def _resume(self, request_id: int) -> None:
+        if request_id in self._paused and self._scheduler is not None:
+            self._paused.remove(request_id)
+            self._scheduler.resume(request_id)
 
     def _stop(self, drain: bool) -> None:
         self._stopping = True
+        for request_id in list(self._paused):
+            self._resume(request_id)
         if not drain and self._streams:
             self._cut = True
             for request_id in list(self._streams):
                 self._cancel(request_id)
 
     def _step(self, scheduler: Scheduler) -> None:
-        prefill = scheduler.next_is_prefill
         events, error = _attempt(scheduler.step)
         self._steps += 1
         if error is None:
-            self._rounds += not prefill
             self._deliver(events or ())
             return
         self._failed += 1
@@ -304,7 +344,7 @@ class _Loop:
             if stream is None:
                 continue
             ready.append((stream, event))
-            self._running[stream.id] = stream
+            self._begun[stream.id] = stream
             if event.finish_reason is not None:
                 self._count_end(stream, event.finish_reason)
         self._note(always=any(event.finish_reason for _, event in ready))
@@ -312,13 +352,17 @@ class _Loop:
         for stream, event in ready:
             for loop, waiter in stream.put(event):
                 wakes.setdefault(loop, []).append(waiter)
+            if stream.pause() and not self._stopping and self._scheduler is not None:
+                self._scheduler.pause(stream.id)
+                self._paused.add(stream.id)
         for loop, waiters in wakes.items():
             # A closed loop reads no more.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(wake, waiters)
 
     def _count_end(self, stream: Stream, reason: FinishReason) -> None:
-        del self._streams[stream.id], self._running[stream.id]
+        del self._streams[stream.id], self._begun[stream.id]
+        self._paused.discard(stream.id)
         self._past.add(stream.output.stats)
         self._ended[reason] += 1
         now = time.monotonic()
@@ -334,34 +378,60 @@ class _Loop:
         if not always and now < self._noted_at + _NOTE_SECONDS:
             return
         spec = SpecStats()
-        for part in (self._past, *(stream.output.stats for stream in self._running.values())):
+        for part in (self._past, *(stream.output.stats for stream in self._begun.values())):
             spec.add(part)
-        running, kv_bytes = (self._scheduler.running, self._scheduler.kv_bytes) if self._scheduler else (0, 0)
+        held = {} if self._scheduler is None else asdict(self._scheduler.stats())
+        held["waiting"] = len(self._streams) - held.setdefault("running", 0) - len(self._paused)
         self._noted_at = now
         self.noted = EngineStats(
-            running=running,
-            waiting=max(len(self._streams) - running, 0),
+            **held,
+            paused=len(self._paused),
             ended=dict(self._ended),
             steps=self._steps,
-            rounds=self._rounds,
             failed_steps=self._failed,
             spec=spec,
-            kv_bytes=kv_bytes,
             peak_memory=mx.get_peak_memory(),
         )
 
     def _finish(self) -> None:
-        """End what is left, if the thread itself failed; give the models back."""
+        """Give the models back; end what is left, if the thread itself failed."""
         with self._lock:
             self._closed, self._scheduler = True, None
-        with suppress(Empty):
-            while True:
-                self._commands.get(block=False)()
-        self._cut = self._cut or bool(self._streams)
-        self._end(list(self._streams), "error", "the engine has failed")
-        self._note(always=True)
-        mx.clear_cache()
-        self._release()
+        try:
+            with suppress(Empty):
+                while True:
+                    self._commands.get(block=False)()
+            self._cut = self._cut or bool(self._streams)
+            self._end(list(self._streams), "error", "the engine has failed")
+            mx.clear_cache()
+        finally:
+            self._release()
+            self._over.set()
+
+
+_Work = SimpleQueue[Callable[[], None]]
+_spare: list[tuple[threading.Thread, _Work]] = []
+
+
+def _run_in_thread(function: Callable[[], None]) -> threading.Thread:
+    """Run a function in a thread of the engines', which is kept for the next one.
+
+    MLX frees what a thread has compiled after Python has parted with the thread; a process that ends just then aborts.
+    """
+    try:
+        thread, work = _spare.pop()
+    except IndexError:
+        work = SimpleQueue()
+        thread = threading.Thread(target=_serve, args=(work,), name="mlx-gemma-mtp engine", daemon=True)
+        thread.start()
+    work.put(function)
+    return thread
+
+
+def _serve(work: _Work) -> None:
+    while True:
+        work.get()()
+        _spare.append((threading.current_thread(), work))
 
 
 def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -12,9 +12,13 @@ from .text import Piece, merged
 
 @dataclass(kw_only=True)
 class Timing:
-    """Seconds and what they were spent on. `peak_memory` is in bytes, weights and K/V included."""
+    """Seconds and what they were spent on. `peak_memory` is in bytes, weights and K/V included.
+
+    Of the prompts' tokens, `reused_tokens` were not computed: a prefix cache had them.
+    """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     decode_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -22,8 +26,8 @@ class Timing:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Prompt tokens computed per second."""
+        return (self.prompt_tokens - self.reused_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_rate(self) -> float:
@@ -34,6 +38,7 @@ class Timing:
         """Ready for JSON."""
         return {
             "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
             "decode_tokens": self.decode_tokens,
             "prefill_seconds": round(self.prefill_seconds, 6),
             "decode_seconds": round(self.decode_seconds, 6),
@@ -63,8 +68,8 @@ class Generation:
     `contract` says what the tokens promise (see `request.Contract`). `stop` is the stop string that ended it (it is not
     in the text; the tokens go up to the one that completed it), or None. `error` says what went wrong where the finish
     reason is "error". `bitwise`: whether blocks' logits are single steps' to the last bit here, on which `exact` rests,
-    as far as it was probed (None: it wasn't); where not, `differing_shapes` names the shapes, rows x tokens. With n > 1,
-    `choices` holds all outputs, of which this is the first.
+    as far as it was probed (None: it wasn't); where not, `differing_shapes` names the shapes, rows x tokens. With
+    n > 1, `choices` holds all outputs, of which this is the first.
     """
 
     tokens: list[int] = field(default_factory=list)

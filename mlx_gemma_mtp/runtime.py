@@ -17,9 +17,10 @@ from .constraints import Grammars
 from .depth import DepthPolicy, parse_depth
 from .generation import Filling, Generation, Step, Timing
 from .generation_config import generation_defaults, read_stop_ids
-from .loading import Loaded, Progress, load_pair
+from .loading import Loaded, Progress, load_pair, memory_limit
 from .models.drafter import Drafter
 from .models.target import Target
+from .prefix import PrefixCache
 from .probe import ProbeResult, Widths, cached_probe, known_probe
 from .request import Request, SamplingParams
 from .sampling import Constraint
@@ -83,6 +84,7 @@ class Runtime:
         self._stop_ids = read_stop_ids(loaded.path) if self.text is None else self.text.stop_ids
         spec = CacheSpec(slots=self.config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
         self._compiled = _can_compile() if compiled is None else compiled
+        self.prefixes = PrefixCache(spec, 0)
         self._speculator = Speculator(loaded.target, loaded.drafter, spec, compiled=self._compiled)
 
     @property
@@ -182,8 +184,9 @@ class Runtime:
         more = frozenset(stop_ids)
         if stop and self.text is None:
             raise ValueError(f"stop is {stop!r}, but this checkpoint has no tokenizer: use stop_ids")
+        ids = self._ids(prompt)
         return Request(
-            prompt=self._ids(prompt),
+            prompt=ids,
             max_tokens=max_tokens,
             sampling=SamplingParams() if sampling is None else sampling,
             stop=checked_stops(stop),
@@ -191,6 +194,7 @@ class Runtime:
             depth=depth,
             ignore_eos=ignore_eos and not more,
             choice=choice,
+            checkpoints=self.text.checkpoints(ids) if self.text is not None and self.prefixes.limit else (),
         )
 
     def decode(
@@ -259,7 +263,7 @@ class Runtime:
         max_batch: int = 8,
         prefill_budget: int = 512,
         kv_budget: int | None = None,
-        prefix_cache: int = 0,
+        prefix_cache: int | PrefixCache = 0,
     ) -> Scheduler:
         """A scheduler over these models, to be made and stepped in one thread; see `Scheduler`. Raises ValueError.
 
@@ -268,8 +272,6 @@ class Runtime:
         shapes = self._speculator.shapes
         if shapes is not None:
             max_batch = min(max_batch, shapes.max_rows)
-            if not shapes.free and kv_budget is not None:
-                raise ValueError(f"kv_budget is {kv_budget}, expected None: what is computed anew is not bitwise here")
             # What one request computed is not what another would have, bit for bit.
             prefix_cache = prefix_cache if shapes.free else 0
         return Scheduler(
@@ -330,6 +332,19 @@ class Runtime:
         self.bits, self._speculator.shapes = found, shapes
         if shapes.max_rows < max_batch:
             log.warning("batches are of %d rows at most: larger ones are not bitwise here", shapes.max_rows)
+
+    def keep_prefixes(self, limit: int) -> None:
+        """Keep up to `limit` bytes of K/V of prompts and outputs between calls, for prompts that begin alike."""
+        self.prefixes.limit = limit
+        self.prefixes.shrink(limit)
+
+    def default_kv_budget(self, prefix_cache: int = 0) -> int:
+        """Bytes that K/V may take here: what the weights, `prefix_cache` and a sixteenth for all else leave free."""
+        drafter = self._loaded.drafter
+        portions = [*self._loaded.target.arrays, *([] if drafter is None else drafter.arrays)]
+        weights = sum(a.nbytes for portion in portions for a in portion)
+        limit = memory_limit()
+        return max(limit - limit // 16 - weights - prefix_cache, 0)
 
     def claim(self) -> None:
         """Refuse direct calls until `release`: an engine computes with these models in its own thread."""
@@ -450,7 +465,8 @@ class Runtime:
     ) -> Iterator[Step]:
         """Fill `outputs`; yields what each event brought."""
         self._check_free()
-        scheduler = self.scheduler(depth=depth, max_batch=max_batch or max(len(requests), 1))
+        rows = max_batch or max(len(requests), 1)
+        scheduler = self.scheduler(depth=depth, max_batch=rows, prefix_cache=self.prefixes)
         timing, fillings = Timing(), dict[int, Filling]()
         for request, output in zip(requests, outputs, strict=True):
             number, output.stats = scheduler.add(request)
@@ -462,24 +478,31 @@ class Runtime:
             fillings[number] = Filling(output, reader, logprobs=asked is not None)
             timing.prompt_tokens += len(request.prompt)
         mx.reset_peak_memory()
-        while scheduler.busy:
-            prefill, begin = scheduler.next_is_prefill, time.perf_counter()
-            events = scheduler.step()
-            spent = time.perf_counter() - begin
-            timing.peak_memory = mx.get_peak_memory()
-            if prefill:
-                timing.prefill_seconds += spent
-            else:
-                timing.decode_seconds += spent
-            for event in events:
-                filling = fillings[event.request_id]
-                step = filling.take(event)
-                if step is None:
-                    continue
-                if filling.stopped and event.finish_reason is None:
-                    scheduler.cancel(event.request_id)
-                timing.decode_tokens += 0 if prefill else len(step.tokens)
-                yield step
+        reused = self.prefixes.reused_tokens
+        try:
+            while scheduler.busy:
+                prefill, begin = scheduler.next_is_prefill, time.perf_counter()
+                events = scheduler.step()
+                spent = time.perf_counter() - begin
+                timing.peak_memory = mx.get_peak_memory()
+                timing.reused_tokens = self.prefixes.reused_tokens - reused
+                if prefill:
+                    timing.prefill_seconds += spent
+                else:
+                    timing.decode_seconds += spent
+                for event in events:
+                    filling = fillings[event.request_id]
+                    step = filling.take(event)
+                    if step is None:
+                        continue
+                    if filling.stopped and event.finish_reason is None:
+                        scheduler.cancel(event.request_id)
+                    timing.decode_tokens += 0 if prefill else len(step.tokens)
+                    yield step
+        finally:
+            # A caller who leaves in the middle leaves what was computed to the prefix cache.
+            for number in fillings:
+                scheduler.cancel(number)
 
 
 def _whole_numbers(tokens: Any) -> list[int]:

@@ -13,7 +13,7 @@ import numpy as np
 from .admission import Admission, Job
 from .cache import KVCache
 from .depth import DepthPolicy, RoundShape, RowOutcome, RowState
-from .prefix import as_tokens
+from .prefix import PrefixCache, as_tokens
 from .request import ConstraintError, FinishReason, Request, TokenEvent, TokenLogprob
 from .sampling import Constraint, Sampler
 from .speculative import MAX_DEPTH, Block, Masks, Round, Speculator
@@ -44,8 +44,9 @@ class Scheduler:
     in forwards of at most `chunk`) or one round of all rows, in turn where both wait, so that running rows stall for
     one prefill step at most. Up to `max_batch` requests have a row or are prefilled; their K/V stays within
     `kv_budget` bytes (None: no limit): who doesn't fit waits, and if rows outgrow it, the newest goes back to the queue
-    and is computed anew later. `prefix_cache` bytes more hold K/V of prompts and outputs that are over, for prompts
-    that begin alike. `constrain` starts a request's constraint, or raises ValueError.
+    and is computed anew later. `prefix_cache` (a count of bytes more, or one that outlives this scheduler) holds K/V of
+    prompts and outputs that are over, for prompts that begin alike. `constrain` starts a request's constraint, or
+    raises ValueError.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Scheduler:
         chunk: int = 512,
         prefill_budget: int = 512,
         kv_budget: int | None = None,
-        prefix_cache: int = 0,
+        prefix_cache: int | PrefixCache = 0,
         constrain: Callable[[Request], Constraint | None] = lambda _: None,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("chunk", chunk), ("prefill_budget", prefill_budget)):
@@ -68,8 +69,9 @@ class Scheduler:
         self._speculator = speculator
         self._vocab_size, self._max_positions = vocab_size, max_positions
         self._depth, self._budget, self._constrain = depth, prefill_budget, constrain
+        prefixes = PrefixCache(speculator.spec, prefix_cache) if isinstance(prefix_cache, int) else prefix_cache
         self._admission = Admission(
-            speculator, max_batch=max_batch, chunk=chunk, kv_budget=kv_budget, prefix_cache=prefix_cache
+            speculator, max_batch=max_batch, chunk=chunk, kv_budget=kv_budget, prefixes=prefixes
         )
         self._cache = KVCache(speculator.spec)
         self._rows: list[Job | None] = []
@@ -77,6 +79,7 @@ class Scheduler:
         self._key = mx.random.key(secrets.randbits(63))
         self._sampler = Sampler([], vocab_size, self._key)
         self._ids = count()
+        self._paused: dict[int, Job] = {}
         self._prefilled_last = False
         self._rounds, self._preemptions = 0, 0
         # Whom a step that raises may have cost their K/V: these jobs, and, if the batch was touched, all rows.
@@ -164,7 +167,7 @@ class Scheduler:
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request at once, whatever its state; no event follows. False if it isn't there (any more)."""
-        if self._admission.remove(request_id):
+        if self._admission.remove(request_id) or self._paused.pop(request_id, None) is not None:
             self._depth.forget(request_id)
             return True
         for row, running in enumerate(self._rows):
@@ -173,6 +176,19 @@ class Scheduler:
                 self._shrink()
                 return True
         return False
+
+    def pause(self, request_id: int) -> bool:
+        """Take a request out until `resume`, as if it were preempted. False if it isn't there."""
+        for job in (*filter(None, self._rows), *self._admission.started, *self._admission.waiting):
+            if job.id == request_id:
+                self._withdraw(job)
+                self._paused[job.id] = job
+                return True
+        return False
+
+    def resume(self, request_id: int) -> None:
+        """Queue a paused request again."""
+        self._admission.add(self._paused.pop(request_id))
 
     def step(self) -> list[TokenEvent]:
         """Do one prefill step or one round; returns what requests got, in the order of their rows."""
@@ -198,7 +214,7 @@ class Scheduler:
     def __contains__(self, request_id: int) -> bool:
         """Whether a request is here, waiting or running."""
         jobs = (*self._admission.waiting, *self._admission.started, *filter(None, self._rows))
-        return any(job.id == request_id for job in jobs)
+        return request_id in self._paused or any(job.id == request_id for job in jobs)
 
     def _prefill(self) -> list[TokenEvent]:
         self._admission.start(self._lengths())
@@ -304,11 +320,16 @@ class Scheduler:
             needed = self._cache.bytes_after(self._block.depth + 1) + self._admission.nbytes
             if needed <= budget or len(everyone) == 1:
                 return
-            self._preempt(max(everyone, key=lambda job: job.id))
+            newest = max(everyone, key=lambda job: job.id)
+            self._preemptions += 1
+            self._withdraw(newest)
+            self._admission.add(newest)
 
-    def _preempt(self, job: Job) -> None:
-        self._preemptions += 1
-        if job in self._admission.started:
+    def _withdraw(self, job: Job) -> None:
+        """Take a request's row, or its place in the queue: it can be queued again, and then goes on where it was."""
+        if job in self._admission.waiting:
+            self._admission.waiting.remove(job)
+        elif job in self._admission.started:
             self._admission.started.remove(job)
         else:
             row = self._rows.index(job)
@@ -317,7 +338,6 @@ class Scheduler:
             self._rows[row] = None
             self._shrink()
         job.cache, job.tokens = None, as_tokens([*job.request.prompt, *job.output])
-        self._admission.add(job)
 
     def _plan(self) -> list[int]:
         """Drafts to draw for each row in the next round; 0 for free rows."""
@@ -405,7 +425,9 @@ class Scheduler:
         self._depth.forget(job.id)
 
     def _lengths(self) -> list[int]:
-        """Tokens held by the running rows."""
+        """Tokens that the running rows are given room for: those held, or all that may come where none may be lost."""
+        if self._speculator.alone:
+            return [job.length for job in self._rows if job is not None]
         return [n for n, job in zip(self._cache.lengths, self._rows, strict=False) if job is not None]
 
     def _shrink(self) -> None:
