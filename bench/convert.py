@@ -1,13 +1,14 @@
 """What a conversion costs, and what it does to a pair.
 
-    python bench/make_e2b_layout.py /tmp/e2b && python bench/convert.py cost /tmp/e2b [--repeats 2] [--check]
+    python bench/make_e2b_layout.py /tmp/e2b && python bench/convert.py cost /tmp/e2b [--repeats 3] [--check]
     python bench/convert.py acceptance [PAIR]
 
 `cost`: time and memory of a conversion to 4 bits, ours and mlx-lm's, on the same input in one run. Each conversion is
 a process of its own; they take turns. Time is the process's wall clock, memory its peak resident set as the kernel
 counts it (mapped pages included). Ours also copies vision and audio, hashes input and output and makes everything
-durable, which mlx-lm doesn't. `--check` exits with 1 unless ours takes less than 3.5 GB, at most half of mlx-lm's
-memory, and no more time (medians).
+durable, which mlx-lm doesn't. Before each, earlier writes are flushed and the load is recorded. For shared machines:
+`--pause S` waits in between, `--prefix CMD` runs each under CMD, and `--note` says in the record what CMD does.
+`--check` exits with 1 unless ours takes less than 3.5 GB, at most half of mlx-lm's memory, and no more time (medians).
 
 `acceptance`: fidelity and acceptance of the demo pair (or PAIR) for every combination of target and drafter recipe, on
 the chats in prompts.json. `-g32` are affine groups of 32, for widths that 64 doesn't divide.
@@ -19,6 +20,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import shutil
 import statistics
 import sys
@@ -72,14 +74,17 @@ def size_of(directory: Path) -> int:
     return sum(f.stat().st_size for f in directory.glob("*.safetensors"))
 
 
-def measure(source: Path, repeats: int) -> dict[str, Any]:
+def measure(source: Path, repeats: int, pause: float, prefix: Sequence[str]) -> dict[str, Any]:
     """All samples and their summary; outputs are deleted."""
     samples: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(dir=source.parent) as scratch:
         for repeat in range(repeats):
             order = list(commands(source, Path(scratch)).items())
             for name, command in order if repeat % 2 == 0 else reversed(order):
-                sample = run(command, Path(scratch) / "log")
+                os.sync()
+                time.sleep(pause)
+                load = os.getloadavg()[0]
+                sample = run([*prefix, *command], Path(scratch) / "log") | {"load_before": round(load, 2)}
                 sample["output_bytes"] = size_of(Path(scratch) / name)
                 shutil.rmtree(Path(scratch) / name)
                 samples.setdefault(name, []).append(sample)
@@ -94,12 +99,16 @@ def medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def cost(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both conversions in turns."""
     source = arguments.source.resolve()
-    found = measure(source, arguments.repeats)
+    prefix = shlex.split(arguments.prefix)
+    found = measure(source, arguments.repeats, arguments.pause, prefix)
     ours, theirs = found["median"]["ours"], found["median"]["mlx-lm"]
     return {
         "input": {"layout": "gemma-4-E2B-it", "bytes": size_of(source), "values": "random"},
         "recipe": "4 bits, affine, groups of 64",
         "repeats": arguments.repeats,
+        "pause_s": arguments.pause,
+        "prefix": arguments.prefix,
+        "note": arguments.note,
         **found,
         "met": {
             "peak_below_3.5_gb": ours["peak_rss_bytes"] < LIMIT,
@@ -166,6 +175,9 @@ def main() -> None:
     costing.add_argument("source", type=Path)
     costing.add_argument("--repeats", type=int, default=1)
     costing.add_argument("--check", action="store_true")
+    costing.add_argument("--pause", type=float, default=0)
+    costing.add_argument("--prefix", default="", help="a command that runs the command behind it")
+    costing.add_argument("--note", default="", help="goes into the record")
     accepting = kinds.add_parser("acceptance")
     accepting.add_argument("source", type=Path, nargs="?", default=common.DEMO)
     for each in (costing, accepting):

@@ -185,7 +185,7 @@ def test_towers_are_copied_or_left_out(sources: Sources, tmp_path: Path) -> None
     record = convert(sources("dense"), tmp_path / "text", quantize="mxfp8", text_only=True, measure=False)
     assert not any(is_tower(k) for k in tensors(tmp_path / "text"))
     assert sum(n for rule, n in record["target"]["skipped"].items() if "on request" in rule) == len(given)
-    assert json.loads((tmp_path / "text" / "config.json").read_text())["vision_config"] is None
+    assert "vision_config" not in json.loads((tmp_path / "text" / "config.json").read_text())
     assert load(str(tmp_path / "text")).generate(PROMPT, max_tokens=2, ignore_eos=True).tokens
 
 

@@ -10,6 +10,7 @@ from ..config import TargetConfig
 from .checkpoint import ConvertError
 
 _GIB = 1 << 30
+_MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
 _KV_BYTES = 2
 _RING_SLACK = 32
 WORK = 3 * _GIB // 4
@@ -65,6 +66,13 @@ def kv_bytes(config: TargetConfig, context: int) -> int:
         tokens = context if slot.window is None else min(context, slot.window) + _RING_SLACK
         total += 2 * slot.kv_heads * slot.head_dim * _KV_BYTES * tokens
     return total
+
+
+def smallest_mac(config: TargetConfig, weights: int, context: int) -> Fit | None:
+    """The fit on the Mac with the least memory that takes it, or None if none does."""
+    kv = kv_bytes(config, context)
+    fits = (Fit(memory=size * _GIB, context=context, weights=weights, kv=kv) for size in _MACS)
+    return next((fit for fit in fits if fit.fits), None)
 
 
 def parse_memory(text: str) -> int:

@@ -108,15 +108,26 @@ def _alive(process: int) -> bool:
     return True
 
 
-def check_space(out: Path, needed: int) -> int:
-    """Free bytes where `out` will be. Raises ConvertError if `needed` don't fit."""
-    place = out.absolute().parent
-    while not place.exists():
-        place = place.parent
+def check_space(out: Path, needed: int, *, cache: Path | None = None, absent: int = 0) -> int:
+    """Free bytes where `out` will be. Raises ConvertError if `needed` don't fit, or `absent` in the hub's `cache`."""
+    place, what = _existing(out.absolute().parent), "the output takes"
+    if cache is not None and absent:
+        stored = _existing(cache)
+        if stored.stat().st_dev == place.stat().st_dev:
+            needed, what = needed + absent, "the files to fetch and the output take"
+        elif absent > (room := shutil.disk_usage(stored).free):
+            raise ConvertError(f"the files to fetch take {gigabytes(absent)}, {stored} has {gigabytes(room)} free")
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise ConvertError(f"the output takes {gigabytes(needed)}, {place} has {gigabytes(free)} free")
+        raise ConvertError(f"{what} {gigabytes(needed)}, {place} has {gigabytes(free)} free")
     return free
+
+
+def _existing(place: Path) -> Path:
+    """`place`, or what there is above it."""
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def copy_side_files(source: Path, out: Path, config: Mapping[str, Any]) -> list[str]:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from ..config import QuantSpec
 from ..loading import DEMO, find_drafter, memory_limit, resolve
 from .checkpoint import Checkpoint, ConvertError
-from .fit import WORK, Fit, kv_bytes
-from .hub import preview
+from .fit import WORK, Fit, kv_bytes, smallest_mac
+from .hub import Preview, cache_directory, preview
 from .output import appearing, check_destination, check_space, copy_side_files, gigabytes, remove_quietly, write_record
 from .plan import ModelPlan, Output, PairPlan, plan_pair
 from .prompts import PromptSet, built_in, read_prompts
@@ -23,6 +25,12 @@ from .stream import Progress, write_model
 from .writer import SHARD_BYTES
 
 _SUGGESTED = ("bf16", "8bit", "6bit", "4bit", "mxfp4")
+MAX_SCORED = 512
+"""Tokens of a prompt and its answer that are scored at most."""
+
+REFERENCE = "source"
+"""What tables of measurements call the pair that was converted."""
+
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
@@ -66,9 +74,12 @@ class TooLargeError(ConvertError):
 def run(options: Options, watch: Watcher | None = None) -> dict[str, Any]:
     """Convert; returns the record that `conversion.json` holds. Raises ConvertError, LoadError or ConfigError."""
     watch = watch or Watcher()
+    _check_options(options)
     recipe = find_recipe(options.recipe)
     chosen = None if options.drafter_recipe is None else find_recipe(options.drafter_recipe)
     compared = [find_recipe(n) for n in options.compare], [find_recipe(n) for n in options.compare_drafter]
+    _refuse_twins([recipe, *compared[0]])
+    _refuse_twins([*([chosen] if chosen else []), *compared[1]])
     planner = _Planning(options, watch, recipe, chosen)
     if (early := planner.before_download()) is not None:
         return early
@@ -78,8 +89,8 @@ def run(options: Options, watch: Watcher | None = None) -> dict[str, Any]:
     check_destination(options.out, [p for p in (path, drafter_path) if p], force=options.force)
     planner.sources = Checkpoint(path), None if drafter_path is None else Checkpoint(drafter_path)
     pair = planner.plan(recipe, chosen)
-    fit = planner.checked_fit(pair)
     prompts = _prompts(options, pair, path)
+    fit = planner.checked_fit(pair)
     scratch = _scratch_bytes(options, prompts, pair, [planner.plan(r, None) for r in compared[0]])
     free = check_space(options.out, pair.bytes + scratch + (64 << 20))
     watch.note(f"output: {gigabytes(pair.bytes)}, free on the disk: {gigabytes(free)}")
@@ -102,6 +113,22 @@ def accepted_share(record: Mapping[str, Any]) -> float | None:
     return None
 
 
+def _check_options(options: Options) -> None:
+    """Refuse, before anything is fetched, what can't be honoured in the end."""
+    if options.measure is False and (options.min_acceptance is not None or options.compare or options.compare_drafter):
+        raise ConvertError("--min-acceptance and --compare need the measurement that --no-measure leaves out")
+    if options.prompts is not None:
+        read_prompts(options.prompts, has_tokenizer=True)
+
+
+def _refuse_twins(recipes: Sequence[Recipe]) -> None:
+    """Tables of measurements name recipes: two may not have one name, and none that of the reference."""
+    seen: dict[str, Recipe] = {}
+    for recipe in recipes:
+        if recipe.name == REFERENCE or seen.setdefault(recipe.name, recipe) != recipe:
+            raise ConvertError(f"a recipe is called {recipe.name}, as another model measured is: rename its file")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Names:
     """Sources as the caller named them."""
@@ -117,6 +144,7 @@ class _Planning:
         self._options, self._watch = options, watch
         self._recipe, self._drafter_recipe = recipe, drafter_recipe
         self.sources: tuple[Checkpoint, Checkpoint | None]
+        self._said: set[str] = set()
 
     def plan(self, target: Recipe, drafter: Recipe | None) -> PairPlan:
         """The pair; a drafter without a recipe gets the default beside `target`."""
@@ -145,24 +173,38 @@ class _Planning:
         self.sources = target, drafter
         pair = self.plan(self._recipe, self._drafter_recipe)
         fit = self.checked_fit(pair)
-        check_space(options.out, pair.bytes)
-        self._watch.note(f"to fetch: {gigabytes(pair.source_bytes)}; output: {gigabytes(pair.bytes)}")
+        absent = sum(m.source.absent for m in pair.models if isinstance(m.source, Preview))
+        free = check_space(options.out, pair.bytes, cache=cache_directory(), absent=absent)
+        self._watch.note(
+            f"to fetch: {gigabytes(absent)}, output: {gigabytes(pair.bytes)}, free on the disk: {gigabytes(free)}"
+        )
         return _record(pair, _Names(target=options.source, drafter=name), fit) if options.dry_run else None
 
     def checked_fit(self, pair: PairPlan) -> Mapping[str, object] | None:
-        """The sum for the Mac that was named, or None; TooLargeError if it doesn't fit, with what would."""
+        """The sum for the Mac that was named, or for the smallest that takes it, or None.
+
+        TooLargeError if it doesn't fit the one that was named, with the recipe that would.
+        """
         memory = self._options.memory
         if memory is None:
-            return None
+            least = smallest_mac(pair.target_config, sum(m.text_bytes for m in pair.models), self._options.context)
+            self._say(f"smallest Mac: {least or 'none has enough memory'}")
+            return None if least is None else least.to_dict()
         fit = self._fit(memory, pair)
         if fit.fits:
-            self._watch.note(f"fits: {fit}")
+            self._say(f"fits: {fit}")
             return fit.to_dict()
         for name in _SUGGESTED:
             other = self._fit(memory, self.plan(RECIPES[name], self._drafter_recipe))
             if other.fits:
                 raise TooLargeError(f"{pair.target.recipe.name} doesn't fit: {fit}; --quantize {name} would: {other}")
         raise TooLargeError(f"{pair.target.recipe.name} doesn't fit, nor does any other recipe: {fit}")
+
+    def _say(self, text: str) -> None:
+        """Note it, but not a second time when the plan from the hub's headers was right."""
+        if text not in self._said:
+            self._said.add(text)
+            self._watch.note(text)
 
     def _fit(self, memory: int, pair: PairPlan) -> Fit:
         weights = sum(m.text_bytes for m in pair.models)
@@ -177,13 +219,10 @@ def _is_hub_id(source: str) -> bool:
 def _prompts(options: Options, pair: PairPlan, path: Path) -> PromptSet | None:
     """What to measure on, or None: where it wasn't asked for and the source doesn't fit in memory, or wasn't wanted."""
     if options.measure is False:
-        if options.min_acceptance is not None or options.compare or options.compare_drafter:
-            raise ConvertError("--min-acceptance and --compare need the measurement that --no-measure leaves out")
         return None
     if options.min_acceptance is not None and pair.drafter is None:
         raise ConvertError("--min-acceptance needs a drafter, and there is none")
-    # The CPU backend computes in float32: twice the bytes of 16-bit weights.
-    needed = 2 * sum(o.source_bytes for m in pair.models for o in m.outputs) + WORK
+    needed = _measuring_bytes(pair)
     asked = options.measure or options.min_acceptance is not None or options.compare or options.compare_drafter
     if needed > memory_limit():
         if asked:
@@ -198,13 +237,24 @@ def _prompts(options: Options, pair: PairPlan, path: Path) -> PromptSet | None:
     return built_in(has_tokenizer=has_tokenizer)
 
 
+def _measuring_bytes(pair: PairPlan) -> int:
+    """Memory for the source and for a few arrays of a prompt's distributions, which are the largest there are."""
+    # The CPU backend computes in float32: twice the bytes of 16-bit weights.
+    copies = 2 if mx.default_device().type == mx.cpu else 1
+    weights = sum(m.text_source_bytes for m in pair.models)
+    return copies * weights + 4 * _distribution_bytes(pair, 1) + WORK
+
+
+def _distribution_bytes(pair: PairPlan, prompts: int) -> int:
+    return 4 * pair.target_config.vocab_size * MAX_SCORED * prompts
+
+
 def _scratch_bytes(options: Options, prompts: PromptSet | None, pair: PairPlan, compared: Sequence[PairPlan]) -> int:
     if prompts is None:
         return 0
-    vocabulary = pair.target_config.vocab_size
-    scored = len(prompts.prompts(vocabulary)) * 512
+    distributions = _distribution_bytes(pair, len(prompts.prompts(pair.target_config.vocab_size)))
     drafters = len(options.compare_drafter) * (pair.drafter.source_bytes if pair.drafter else 0)
-    return 4 * vocabulary * scored + sum(p.target.bytes for p in compared) + drafters
+    return distributions + sum(p.target.bytes for p in compared) + drafters
 
 
 def _write(pair: PairPlan, out: Path, record: dict[str, Any], hasher: Hasher, options: Options, watch: Watcher) -> None:
@@ -243,10 +293,10 @@ def _measure(
 
     scratch = out / ".measure"
     scratch.mkdir()
-    targets = {"source": pair.target.source.directory, pair.target.recipe.name: out}
+    targets = {REFERENCE: pair.target.source.directory, pair.target.recipe.name: out}
     drafters: dict[str, Path] = {}
     if pair.drafter is not None:
-        drafters = {"source": pair.drafter.source.directory, pair.drafter.recipe.name: out / "drafter"}
+        drafters = {REFERENCE: pair.drafter.source.directory, pair.drafter.recipe.name: out / "drafter"}
     with ExitStack() as stack:
         stack.callback(remove_quietly, scratch)
         for recipe in compared[0]:
@@ -262,6 +312,7 @@ def _measure(
             prompts,
             scratch=scratch,
             depth=options.depth,
+            limit=MAX_SCORED,
             note=watch.stage,
         )
 
