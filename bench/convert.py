@@ -11,7 +11,7 @@ durable, which mlx-lm doesn't. Before each, earlier writes are flushed and the l
 `--check` exits with 1 unless ours takes less than 3.5 GB, at most half of mlx-lm's memory, and no more time (medians).
 
 `acceptance`: fidelity and acceptance of the demo pair (or PAIR) for every combination of target and drafter recipe, on
-the chats in prompts.json. `-g32` are affine groups of 32, for widths that 64 doesn't divide.
+the chats in prompts.json and on the converter's built-in prompts. `-g32` are affine groups of 32, for widths that 64 doesn't divide.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from typing import Any
 import common
 
 from mlx_gemma_mtp.convert import convert
+from mlx_gemma_mtp.convert.output import markdown_table
 
 LIMIT = 3_500_000_000
 RECIPES = ("8bit", "4bit", "mxfp4", "nvfp4")
@@ -119,52 +120,57 @@ def cost(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def acceptance(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every combination of recipes."""
+    """Every combination of recipes, on both sets of prompts."""
     pair = arguments.source.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         for name, text in NARROW.items():
             (place / f"{name}.toml").write_text(text)
         narrow = [str(place / f"{name}.toml") for name in NARROW]
-        record = convert(
-            pair,
-            place / "out",
-            quantize=RECIPES[0],
-            drafter_quantize=RECIPES[0],
-            compare=[*RECIPES[1:], *narrow],
-            compare_drafter=RECIPES[1:],
-            prompts=common.ROOT / "bench" / "prompts.json",
-        )
+
+        def measured(prompts: Path | None) -> dict[str, Any]:
+            record = convert(
+                pair,
+                place / "out",
+                quantize=RECIPES[0],
+                drafter_quantize=RECIPES[0],
+                compare=[*RECIPES[1:], *narrow],
+                compare_drafter=RECIPES[1:],
+                prompts=prompts,
+                force=True,
+            )
+            return dict(record["measured"])
+
         unquantized = {
             Path(name).stem: {role: sorted(plan[role]["unquantized"]) for role in ("target", "drafter")}
             for name in (*RECIPES, *narrow)
             for plan in [convert(pair, place / "none", quantize=name, drafter_quantize=name, dry_run=True)]
         }
-    return {
-        "pair": common.describe_checkpoint(pair),
-        "drafter": common.describe_checkpoint(pair / "drafter"),
-        "measured": record["measured"],
-        "unquantized": unquantized,
-    }
+        return {
+            "pair": common.describe_checkpoint(pair),
+            "drafter": common.describe_checkpoint(pair / "drafter"),
+            "measured": measured(common.ROOT / "bench" / "prompts.json"),
+            "measured_built_in": measured(None),
+            "unquantized": unquantized,
+        }
 
 
-def table(record: Mapping[str, Any]) -> str:
-    """Accepted drafts per round and fidelity, as Markdown; "source" is bf16."""
-    measured = record["measured"]
+def table(measured: Mapping[str, Any]) -> str:
+    """Accepted drafts per round and fidelity, as Markdown; "source" is bf16. README.md holds it."""
     drafters = list(dict.fromkeys(row["drafter"] for row in measured["acceptance"]))
     cells = {(row["target"], row["drafter"]): row for row in measured["acceptance"]}
 
     def shown(name: str) -> str:
-        return "bf16" if name == "source" else name
+        return {"source": "bf16"}.get(name, name.replace("-g32", ", groups of 32"))
 
-    def line(target: str) -> str:
+    def line(target: str) -> list[str]:
         fidelity = measured["fidelity"][target]
-        row = [f"{cells[target, d]['accepted_per_round']:.2f} ({cells[target, d]['acceptance']:.0%})" for d in drafters]
+        row = [f"{cells[target, d]['accepted_per_round']:.2f}" for d in drafters]
         row += [f"{fidelity['mean_kl']:.4f}", f"{fidelity['top1_agreement']:.1%}"]
-        return f"| {shown(target)} | " + " | ".join(row) + f" | {fidelity['perplexity_ratio']:.3f} |"
+        return [shown(target), *row, f"{fidelity['perplexity_ratio']:.3f}"]
 
     head = ["target / drafter", *map(shown, drafters), "mean KL", "top-1", "perplexity"]
-    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(line, measured["fidelity"])])
+    return "\n".join(markdown_table([head, *map(line, measured["fidelity"])]))
 
 
 def main() -> None:
@@ -194,7 +200,11 @@ def main() -> None:
     record |= cost(arguments) if arguments.kind == "cost" else acceptance(arguments)
     out = arguments.out or common.result_file(name)
     out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["met"]) if arguments.kind == "cost" else table(record), out, sep="\n")
+    if arguments.kind == "cost":
+        print(json.dumps(record["met"]))
+    else:
+        print(table(record["measured"]), table(record["measured_built_in"]), sep="\n\n")
+    print(out)
     if arguments.kind == "cost" and arguments.check and not all(record["met"].values()):
         raise SystemExit(1)
 

@@ -19,8 +19,9 @@ from mlx_gemma_mtp.config import TargetConfig
 from mlx_gemma_mtp.convert import convert, stream
 from mlx_gemma_mtp.convert.checkpoint import Checkpoint, ConvertError
 from mlx_gemma_mtp.convert.fit import Fit, kv_bytes, parse_context, parse_memory
+from mlx_gemma_mtp.convert.options import Options
 from mlx_gemma_mtp.convert.output import appearing
-from mlx_gemma_mtp.convert.pipeline import Options, TooLargeError, accepted_share, run
+from mlx_gemma_mtp.convert.pipeline import TooLargeError, accepted_share, run
 from mlx_gemma_mtp.convert.recipes import RECIPES
 from tests import tiny
 

@@ -42,7 +42,14 @@ def test_a_summary(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert call(source, "-o", tmp_path / "out", "-q", "4bit", "--no-measure", "--fit", "16GB", "--context", "32k") == 0
     shown = capsys.readouterr()
     assert shown.out == ""
-    for part in ("fits: 0.8 GB", "K/V of 32,768 tokens", "output: 0.", "free on the disk", "target   4bit", "written"):
+    for part in (
+        "fits: 0.8 of the 11.5 GB",
+        "of 32,768 tokens",
+        "output: 0.",
+        "free on the disk",
+        "target   4bit",
+        "written",
+    ):
         assert part in shown.err, part
 
 

@@ -174,7 +174,7 @@ def vlm() -> str:
 @pytest.mark.parametrize("kind", ["dense", "moe", "edge", "edge2", "unified"])
 def test_mlx_vlm_gives_the_same_logits_of_drafters(vlm: str, tmp_path: Path, kind: tiny.Kind) -> None:
     """Also from a config in transformers' form, which mlx-vlm doesn't know."""
-    cases: list[tuple[tiny.Style, str]] = [*(("google", r) for r in RECIPES), ("hf", "4bit")]  # type: ignore[misc]
+    cases: list[tuple[tiny.Style, str]] = [*(("google", r) for r in RECIPES), ("hf", "4bit")]
     expected = {}
     for style, recipe in cases:
         tiny.write_pair(tmp_path / style, kind, style=style, dtype="bfloat16")

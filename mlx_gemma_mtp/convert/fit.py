@@ -53,9 +53,9 @@ class Fit:
 
     def __str__(self) -> str:
         return (
-            f"{self.needed / 1e9:.1f} GB (weights {self.weights / 1e9:.1f}, K/V of {self.context:,} tokens "
-            f"{self.kv / 1e9:.2f}, work {WORK / 1e9:.1f}) of the {self.usable / 1e9:.1f} GB that a Mac of "
-            f"{self.memory // _GIB} GB gives to its GPU"
+            f"{self.needed / 1e9:.1f} of the {self.usable / 1e9:.1f} GB that a Mac of {self.memory // _GIB} GB gives "
+            f"to its GPU (weights {self.weights / 1e9:.2f}, K/V of {self.context:,} tokens {self.kv / 1e9:.2f}, "
+            f"work {WORK / 1e9:.1f})"
         )
 
 
