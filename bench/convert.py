@@ -11,7 +11,8 @@ durable, which mlx-lm doesn't. Before each, earlier writes are flushed and the l
 `--check` exits with 1 unless ours takes less than 3.5 GB, at most half of mlx-lm's memory, and no more time (medians).
 
 `acceptance`: fidelity and acceptance of the demo pair (or PAIR) for every combination of target and drafter recipe, on
-the chats in prompts.json and on the converter's built-in prompts. `-g32` are affine groups of 32, for widths that 64 doesn't divide.
+the chats in prompts.json and on the converter's built-in prompts. `-g32` are affine groups of 32, for widths that 64
+doesn't divide.
 """
 
 from __future__ import annotations
