@@ -53,5 +53,5 @@ def test_the_cost_of_a_conversion() -> None:
     for side, label in (("ours", "ours"), ("mlx-lm", "`mlx_lm.convert`")):
         row = record["median"][side]
         runs = ", ".join(f"{sample['wall_s']:.0f}" for sample in record["samples"][side])
-        peak = row["peak_rss_bytes"] / 1e9
-        assert f"| {label} | {row['wall_s']:.0f} s ({runs}) | {peak:.2f} GB | {row['output_bytes'] / 1e9:.1f} GB |" in README
+        peak, output = row["peak_rss_bytes"] / 1e9, row["output_bytes"] / 1e9
+        assert f"| {label} | {row['wall_s']:.0f} s ({runs}) | {peak:.2f} GB | {output:.1f} GB |" in README
