@@ -64,6 +64,9 @@ class Models(Protocol):
     def stop_ids(self) -> frozenset[int]:
         """What ends a request that names no stop ids."""
 
+    def bitwise(self) -> tuple[bool | None, tuple[str, ...]]:
+        """What results say of it; see `generation.Generation`."""
+
     def serving(
         self, *, depth: int | str, max_batch: int, prefill_budget: int, kv_budget: int | None, prefix_cache: int
     ) -> AbstractContextManager[Scheduler]:
@@ -179,6 +182,7 @@ class Engine:
         return OutputReader(stream, request.stop, min_tokens=request.sampling.min_tokens)
 
     def _complete(self, output: Generation, request: Request) -> None:
+        output.bitwise, output.differing_shapes = self._models.bitwise()
         output.timing.peak_memory = self.stats().peak_memory
         if self._models.text is not None and not request.stop:
             output.text, output.thinking = self._models.text.split(output.tokens, request.prompt)

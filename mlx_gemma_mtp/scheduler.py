@@ -281,6 +281,7 @@ class Scheduler:
         if self._block is None:
             return []
         self._batch_at_risk = True
+        self._block = self._speculator.fitted(self._block)
         depths, verified, traces = self._plan(), self._block.depth, self._speculator.traces
         context, offered = self._context(), self._block.offered
         masks = self._masks(self._rows, self._block)
@@ -424,7 +425,9 @@ class Scheduler:
         self._depth.forget(job.id)
 
     def _lengths(self) -> list[int]:
-        """Tokens held by the running rows."""
+        """Tokens that the running rows are given room for: those held, or all that may come where none may be lost."""
+        if self._speculator.alone:
+            return [job.length for job in self._rows if job is not None]
         return [n for n, job in zip(self._cache.lengths, self._rows, strict=False) if job is not None]
 
     def _shrink(self) -> None:

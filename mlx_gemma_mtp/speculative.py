@@ -8,7 +8,7 @@ written in the same evaluation, which MLX would answer with a copy. Plain decodi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -77,6 +77,14 @@ class Block:
         proposal = Proposal.of_rows(laws, depth, vocab_size) if any(laws) else None
         return Block(mx.concatenate(parts), tuple(offered), proposal)
 
+    def resized(self, width: int) -> Block:
+        """The block in `width` tokens per row: drafts beyond are dropped, and what is missing doesn't count."""
+        if width == self.depth + 1:
+            return self
+        tokens = mx.pad(self.tokens[:, :width], [(0, 0), (0, max(0, width - self.depth - 1))])
+        proposal = None if self.proposal is None else self.proposal.resized(width - 1)
+        return Block(tokens, tuple(min(n, width - 1) for n in self.offered), proposal)
+
     def law(self, row: int) -> Proposal | None:
         """The proposal of one row."""
         if self.proposal is None:
@@ -96,6 +104,28 @@ class Round:
     counts: list[int]
     block: Block
     logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Which shapes forwards may have, so that their arithmetic is that of single steps (see `bitwise`).
+
+    Blocks have at least `least` tokens per row (shorter ones are padded, single steps too) and at most `longest[rows]`,
+    where the arrays have so many rows; other counts of rows don't occur. `free`: nothing was left out.
+    """
+
+    least: int
+    longest: Mapping[int, int]
+    free: bool
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest batch."""
+        return max(self.longest)
+
+    def width(self, rows: int, wanted: int) -> int:
+        """Tokens per row that a block gets in arrays of `rows` rows, where `wanted` would do."""
+        return min(max(wanted, self.least), self.longest[rows])
 
 
 @dataclass(frozen=True)
@@ -127,6 +157,7 @@ class Speculator:
         if spec.max_block < MAX_DEPTH + 1:
             raise ValueError(f"max_block is {spec.max_block}, expected at least {MAX_DEPTH + 1}")
         self.target, self.drafter, self.spec = target, drafter, spec
+        self.shapes: Shapes | None = None
         self.traces = 0
         self._compiled = compiled
         self._functions: dict[tuple[str, _Key], Callable[..., Any]] = {}
@@ -134,6 +165,17 @@ class Speculator:
     def forget(self) -> None:
         """Drop what was compiled, and the weights in it. For the thread that called it: MLX keeps it by thread."""
         self._functions.clear()
+
+    @property
+    def alone(self) -> bool:
+        """Whether prompts are to be prefilled each by itself, in whole chunks."""
+        return self.shapes is not None and not self.shapes.free
+
+    def fitted(self, block: Block) -> Block:
+        """The block in a width that it may have."""
+        if self.shapes is None:
+            return block
+        return block.resized(self.shapes.width(int(block.tokens.shape[0]), block.depth + 1))
 
     def prefill(self, cache: KVCache, tokens: Sequence[int]) -> mx.array:
         """Append a chunk of prompt to a cache of one row; returns the hidden state (1, hidden) of its last token."""
@@ -170,7 +212,7 @@ class Speculator:
         masks: Masks | None = None,
     ) -> Round:
         """The token after a prefill and depths[r] drafts behind it. hidden (R, hidden): of the last token held."""
-        key = _Key(self._depth(max(depths)), cache.layout, None if sampler is None else sampler.layout)
+        key = _Key(self._deepest(depths, cache.rows), cache.layout, None if sampler is None else sampler.layout)
         states = [] if sampler is None else sampler.arrays
         out = self._function("first", self._first, key)(hidden, states, [masks()] if masks else [], cache.arrays)
         return self._finish(out, cache, sampler, tuple(min(d, key.depth) for d in depths))
@@ -196,7 +238,7 @@ class Speculator:
         (rows under a constraint) the verification is queued first, and they are made while it runs.
         """
         cache.reserve(block.depth + 1)
-        key = _Key(self._depth(max(depths)), cache.layout, None if sampler is None else sampler.layout)
+        key = _Key(self._deepest(depths, cache.rows), cache.layout, None if sampler is None else sampler.layout)
         law = [] if block.proposal is None else block.proposal.arrays
         states, offered = [] if sampler is None else sampler.arrays, mx.array(block.offered, mx.int32)
         arrays, cache.arrays = cache.arrays, []
@@ -232,6 +274,11 @@ class Speculator:
             bound = partial(f, key)
             self._functions[name, key] = mx.compile(bound) if self._compiled else bound
         return self._functions[name, key]
+
+    def _deepest(self, depths: Sequence[int], rows: int) -> int:
+        """Drafts per row to draw where depths[r] are wanted for row r."""
+        depth = self._depth(max(depths))
+        return depth if self.shapes is None else min(depth, self.shapes.longest[rows] - 1)
 
     def _depth(self, depth: int) -> int:
         if not 0 <= depth <= MAX_DEPTH:

@@ -90,6 +90,9 @@ class Models:
         self.gate, self.claims, self.made = Gate(), 0, weakref.WeakSet[Scheduler]()
         self._constrain = constrain
 
+    def bitwise(self) -> tuple[bool | None, tuple[str, ...]]:
+        return True, ()
+
     @contextmanager
     def serving(self, *, depth: int | str, **options: Any) -> Iterator[Scheduler]:
         assert self.claims == 0
@@ -558,7 +561,11 @@ def test_results_are_those_of_generate(rt: Runtime) -> None:
     for a, b in zip(got, wanted, strict=True):
         assert (a.tokens, a.text, a.thinking) == (b.tokens, b.text, b.thinking)
         assert (a.finish_reason, a.contract) == (b.finish_reason, b.contract)
-        assert (a.logprobs is None) == (b.logprobs is None)
+        assert (a.logprobs is None, a.bitwise, a.differing_shapes) == (
+            b.logprobs is None,
+            b.bitwise,
+            b.differing_shapes,
+        )
     assert got[1].logprobs is not None
     assert [p.token for p in got[1].logprobs] == got[1].tokens
 
