@@ -18,7 +18,7 @@ _CHUNK = 6_000_000
 """Source bytes of one piece. Above a few megabytes the allocator maps each buffer anew: twice the system time."""
 
 _SLOW = ("mxfp4", "nvfp4")
-"""Formats that MLX's CPU backend packs by comparing with every value: up to 40 times a piece's bytes, slow in large ones."""
+"""Formats that MLX's CPU backend packs by comparing with every value: 40 times a piece's bytes, slow in large ones."""
 _SLOW_CHUNK = _CHUNK // 16
 
 
