@@ -108,6 +108,12 @@ class Proposal:
                 ids.append(mx.pad(names, [(0, 0), (0, depth - names.shape[1]), (0, size - names.shape[2])]))
         return Proposal(mx.concatenate(ids) if ids else None, mx.concatenate(probs))
 
+    def resized(self, depth: int) -> Proposal:
+        """The first `depth` steps, or more of them, which no draft was drawn from."""
+        more = [(0, 0), (0, max(0, depth - self.probs.shape[1])), (0, 0)]
+        ids = None if self.ids is None else mx.pad(self.ids[:, :depth], more)
+        return Proposal(ids, mx.pad(self.probs[:, :depth], more))
+
     def spread(self, vocab_size: int) -> mx.array:
         """The probabilities over the whole vocabulary, (R, K, V). Ids that fill up a row have probability 0."""
         if self.ids is None:

@@ -332,6 +332,8 @@ class Scheduler:
         """Hand a round to the device, while the last one, if it is on its way, adds up to `ahead` tokens to a row."""
         assert self._block is not None
         self._batch_at_risk = True
+        self._block = self._speculator.fitted(self._block)
+        self._offered = [min(n, self._block.depth) for n in self._offered]
         context, traces, depths = self._context(), self._speculator.traces, self._plan(ahead=ahead)
         masks = self._masks(self._rows, self._block, self._offered)
         self._depth.begin()
@@ -353,7 +355,7 @@ class Scheduler:
             return False
         if self._admission.started or self._admission.can_start(self._lengths()):
             return False
-        return self._cache.has_room(flight.verified + flight.block.depth + 1)
+        return self._cache.has_room(flight.verified + self._speculator.fitted(flight.block).depth + 1)
 
     def _land(self, launched: _Launched) -> list[TokenEvent]:
         """Read a round's tokens: events, counters, and what is over."""
@@ -397,7 +399,8 @@ class Scheduler:
         """Leave out drafts that no row offers."""
         if self._block is not None:
             most = max((n for n, job in zip(self._offered, self._rows, strict=False) if job is not None), default=0)
-            self._block = self._block.cut(next((n for n in _BLOCKS if n >= most), self._block.depth))
+            depth = next((n for n in _BLOCKS if n >= most), self._block.depth)
+            self._block = self._block.resized(min(depth, self._block.depth) + 1)
 
     def _make_room(self) -> None:
         """Send the newest requests back to the queue until what the next round needs is within the budget."""
@@ -512,7 +515,9 @@ class Scheduler:
         self._depth.forget(job.id)
 
     def _lengths(self) -> list[int]:
-        """Tokens held by the running rows."""
+        """Tokens that the running rows are given room for: those held, or all that may come where none may be lost."""
+        if self._speculator.alone:
+            return [job.length for job in self._rows if job is not None]
         return [n for n, job in zip(self._cache.lengths, self._rows, strict=False) if job is not None]
 
     def _shrink(self) -> None:

@@ -8,7 +8,7 @@ written in the same evaluation, which MLX would answer with a copy. Plain decodi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -82,14 +82,13 @@ class Block:
         """A block without drafts."""
         return Block(mx.zeros((rows, 1), mx.int32), mx.zeros((rows,), mx.int32))
 
-    def cut(self, depth: int) -> Block:
-        """The same with `depth` drafts at most. No row may offer more."""
-        if depth >= self.depth:
+    def resized(self, width: int) -> Block:
+        """The block in `width` tokens per row: drafts beyond are dropped, and what is missing doesn't count."""
+        if width == self.depth + 1:
             return self
-        law = self.proposal
-        if law is not None:
-            law = Proposal(None if law.ids is None else law.ids[:, :depth], law.probs[:, :depth]) if depth else None
-        return Block(self.tokens[:, : depth + 1], self.offered, law)
+        tokens = mx.pad(self.tokens[:, :width], [(0, 0), (0, max(0, width - self.depth - 1))])
+        proposal = None if self.proposal is None or width == 1 else self.proposal.resized(width - 1)
+        return Block(tokens, mx.minimum(self.offered, width - 1), proposal)
 
     def law(self, row: int) -> Proposal | None:
         """The proposal of one row."""
@@ -112,6 +111,28 @@ class Round:
     block: Block
     offered: list[int]
     logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Which shapes forwards may have, so that their arithmetic is that of single steps (see `bitwise`).
+
+    Blocks have at least `least` tokens per row (shorter ones are padded, single steps too) and at most `longest[rows]`,
+    where the arrays have so many rows; other counts of rows don't occur. `free`: nothing was left out.
+    """
+
+    least: int
+    longest: Mapping[int, int]
+    free: bool
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest batch."""
+        return max(self.longest)
+
+    def width(self, rows: int, wanted: int) -> int:
+        """Tokens per row that a block gets in arrays of `rows` rows, where `wanted` would do."""
+        return min(max(wanted, self.least), self.longest[rows])
 
 
 @dataclass(frozen=True)
@@ -156,9 +177,21 @@ class Speculator:
         if spec.max_block < MAX_DEPTH + 1:
             raise ValueError(f"max_block is {spec.max_block}, expected at least {MAX_DEPTH + 1}")
         self.target, self.drafter, self.spec = target, drafter, spec
+        self.shapes: Shapes | None = None
         self.traces = 0
         self._compiled = compiled
         self._functions: dict[tuple[str, _Key], Callable[..., Any]] = {}
+
+    @property
+    def alone(self) -> bool:
+        """Whether prompts are to be prefilled each by itself, in whole chunks."""
+        return self.shapes is not None and not self.shapes.free
+
+    def fitted(self, block: Block) -> Block:
+        """The block in a width that it may have."""
+        if self.shapes is None:
+            return block
+        return block.resized(self.shapes.width(int(block.tokens.shape[0]), block.depth + 1))
 
     def prefill(self, cache: KVCache, tokens: Sequence[int]) -> mx.array:
         """Append a chunk of prompt to a cache of one row; returns the hidden state (1, hidden) of its last token."""
@@ -275,7 +308,7 @@ class Speculator:
         self, cache: KVCache, depths: Sequence[int], sampler: Sampler | None, min_chain: float
     ) -> tuple[_Key, list[mx.array]]:
         """What a round is compiled for, and the limits of its drafts: [depths (R,)], and [min_chain] if any are cut."""
-        depth = self._depth(max(depths))
+        depth = self._deepest(depths, cache.rows)
         cut = min_chain > 0 and depth > 0
         key = _Key(depth, cache.layout, None if sampler is None else sampler.layout, cut)
         limits = [mx.array([min(d, depth) for d in depths], mx.int32)]
@@ -300,6 +333,11 @@ class Speculator:
             bound = partial(f, key)
             self._functions[name, key] = mx.compile(bound) if self._compiled else bound
         return self._functions[name, key]
+
+    def _deepest(self, depths: Sequence[int], rows: int) -> int:
+        """Drafts per row to draw where depths[r] are wanted for row r."""
+        depth = self._depth(max(depths))
+        return depth if self.shapes is None else min(depth, self.shapes.longest[rows] - 1)
 
     def _depth(self, depth: int) -> int:
         if not 0 <= depth <= MAX_DEPTH:

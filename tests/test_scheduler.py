@@ -214,7 +214,8 @@ def test_each_row_drafts_to_its_own_depth_in_a_mixed_batch() -> None:
             tokens.setdefault(event.request_id, []).extend(event.tokens)
             assert not any(event.drafted[-1:]) or event.finish_reason is not None, "a round ends with the target's own"
     for number, (depth, counters) in enumerate(zip((0, 1, 5, 2), stats, strict=True)):
-        assert counters.drafted == depth * counters.rounds
+        # Drafts that only the end could use are not drawn.
+        assert depth * (counters.rounds - 1) <= counters.drafted <= depth * counters.rounds
         assert len(counters.drafted_per_position) == (depth if counters.rounds else 0)
         assert tokens[number] == expected([1, 2], 40)
         assert not flags[number][0], "the first token is the prefill's"
