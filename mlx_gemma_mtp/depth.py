@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-DEFAULT_DEPTH = 3
-
 
 @dataclass(frozen=True, kw_only=True)
 class RowState:
@@ -25,12 +23,13 @@ class RowState:
 class RowOutcome:
     """What became of a row's drafts in a round: of `offered`, the first `accepted` were kept.
 
-    Drafts behind a stop or a limit are in neither.
+    Drafts behind a stop or a limit are in neither. `tokens`: all that the row got.
     """
 
     request: int
     offered: int
     accepted: int
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +47,33 @@ class RoundShape:
     settled: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class DepthChoice:
+    """What a policy chose, and why: `acceptance` by position, and `costs` of rounds of 0, 1, … drafts in plain ones."""
+
+    depth: int
+    reason: str
+    acceptance: tuple[float, ...] = ()
+    costs: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        drafts = {0: "no drafts", 1: "1 draft"}.get(self.depth, f"{self.depth} drafts")
+        return f"{drafts} ({self.reason})"
+
+
 class DepthPolicy(Protocol):
     """Chooses the depth of every round; owned by the scheduler's caller, told everything by the scheduler.
 
     For each round: `plan`, then `begin` when it is handed to the device, then `observe` when its tokens are known. A
     later round may be planned and begun before an earlier one is observed; rounds are observed in their order.
     """
+
+    @property
+    def min_chain(self) -> float:
+        """The least probability of a chain of drafts that is worth verifying, in the block planned last.
+
+        A row's block may end behind the first draft at which its chain falls under it. 0: no block is cut.
+        """
 
     def plan(self, rows: Sequence[RowState], *, width: int, context: int) -> list[int]:
         """Drafts to draw for each row, to be verified in the round behind. `width`: rows of the arrays.
@@ -77,6 +97,11 @@ class FixedDepth:
 
     depth: int
 
+    @property
+    def min_chain(self) -> float:
+        """See `DepthPolicy`."""
+        return 0.0
+
     def plan(self, rows: Sequence[RowState], *, width: int, context: int) -> list[int]:
         """See `DepthPolicy`."""
         # Not cut to the cap: another depth is another shape, and each costs a compilation.
@@ -91,11 +116,6 @@ class FixedDepth:
     def forget(self, request: int) -> None:
         """Nothing to forget."""
 
-
-def parse_depth(depth: int | str) -> FixedDepth:
-    """The policy for a caller's `depth`: a count, or "auto" (so far: 3 drafts). Raises ValueError."""
-    if depth == "auto":
-        return FixedDepth(DEFAULT_DEPTH)
-    if isinstance(depth, int) and not isinstance(depth, bool) and 0 <= depth <= 8:
-        return FixedDepth(depth)
-    raise ValueError(f'depth is {depth!r}, expected "auto" or a whole number from 0 to 8')
+    def describe(self) -> DepthChoice:
+        """What was asked for."""
+        return DepthChoice(depth=self.depth, reason="fixed")

@@ -11,10 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from .adaptive import parse_depth
 from .cache import KVCache
 from .config import LayerSpec
 from .constraints import Grammars
-from .depth import parse_depth
 from .loading import Loaded, Progress, load_pair
 from .models.drafter import Drafter
 from .models.target import Target

@@ -17,8 +17,8 @@ ROOT = Path(mlx_gemma_mtp.__file__).parent
 # Imports point down only, or stay inside one of the packages. A new module needs a place here.
 LEVELS: dict[str, float] = {
     "config": 0, "request": 0, "stats": 0, "convert.names": 0,
-    "views": 1, "sampling": 1, "cache": 1.5,
-    "models": 2, "speculative": 2, "depth": 2,
+    "views": 1, "sampling": 1, "acceptance": 1, "costs": 1, "cache": 1.5,
+    "models": 2, "speculative": 2, "depth": 2, "adaptive": 2.5,
     "loading": 3, "scheduler": 3, "probe": 3,
     "text": 4, "constraints": 4.5,
     "runtime": 5, "engine": 5,
@@ -26,7 +26,7 @@ LEVELS: dict[str, float] = {
     "server": 7, "verify_cli": 7,
     "cli": 8,
 }  # fmt: skip
-WITHOUT_MLX = ("config", "request", "stats", "convert.names")
+WITHOUT_MLX = ("config", "request", "stats", "convert.names", "acceptance", "costs", "depth", "adaptive")
 # Where every failure has to become an answer. tokenizers raises plain Exception for a file that it can't read.
 BROAD_EXCEPTS = {"server.app": 1, "cli": 1, "text": 1}
 # A few of Hugging Face's names for what a model is made of.

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp import Request, SamplingParams, SpecStats
-from mlx_gemma_mtp.depth import FixedDepth, parse_depth
+from mlx_gemma_mtp.adaptive import parse_depth
+from mlx_gemma_mtp.depth import FixedDepth
 from mlx_gemma_mtp.scheduler import Scheduler
 
 from .fakes import VOCAB, expected, fake_speculator
