@@ -8,13 +8,22 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .engine import Engine, EngineClosed, EngineStats, QueueFull
+    from .generation import Generation
+    from .handle import Handle, RequestFailed
     from .request import Request, SamplingParams, TokenEvent
-    from .runtime import Generation, Runtime, load
+    from .runtime import Runtime, load
     from .stats import SpecStats
 
 _HOMES = {
-    "Generation": "runtime",
+    "Engine": "engine",
+    "EngineClosed": "engine",
+    "EngineStats": "engine",
+    "Generation": "generation",
+    "Handle": "handle",
+    "QueueFull": "engine",
     "Request": "request",
+    "RequestFailed": "handle",
     "Runtime": "runtime",
     "SamplingParams": "request",
     "SpecStats": "stats",
@@ -23,8 +32,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "Engine",
+    "EngineClosed",
+    "EngineStats",
     "Generation",
+    "Handle",
+    "QueueFull",
     "Request",
+    "RequestFailed",
     "Runtime",
     "SamplingParams",
     "SpecStats",

@@ -21,7 +21,11 @@ _NEIGHBOUR = 6.0  # samples below which a position's rate leans on the one befor
 _LATEST = 8.0  # samples that can belie a rate
 _JUMP = 3.0  # standard errors by which they then differ
 _OTHERS = 0.2  # standard deviation between requests
-_DRIFT, _STALE_DRIFT, _MOST_DRIFT = 0.015, 0.15, 0.4  # standard deviation that builds up while nothing is drafted, per root of a round
+_DRIFT, _STALE_DRIFT, _MOST_DRIFT = (
+    0.015,
+    0.15,
+    0.4,
+)  # standard deviation that builds up while nothing is drafted, per root of a round
 _RECENT = 16.0  # tokens that tell what a text is like
 _CHANGED = 0.35
 _FORGET = 0.98  # per round in which a position wasn't reached
@@ -85,9 +89,12 @@ class AcceptanceModel:
         """A round is over: what it told nothing of grows older."""
         self._now += 1
 
-    def observe(self, request: int, offered: int, accepted: int) -> None:
-        """Of `offered` drafts the first `accepted` were kept. Those behind the first rejection tell nothing."""
-        own = self._own.setdefault(request, [])
+    def observe(self, request: int | None, offered: int, accepted: int) -> None:
+        """Of `offered` drafts the first `accepted` were kept. Those behind the first rejection tell nothing.
+
+        `request`: None when it has ended.
+        """
+        own = [] if request is None else self._own.setdefault(request, [])
         for i in range(min(offered, accepted + 1, POSITIONS)):
             if i == len(own):
                 own.append(Rate(self._guess(own, i), _START, _OWN, self._now))
@@ -98,7 +105,8 @@ class AcceptanceModel:
                 rate.shift(jump)
             self._all[i].add(i < accepted, self._now)
             self._reached[i] = self._now
-        self._known.pop(request, None)
+        if request is not None:
+            self._known.pop(request, None)
 
     def forget(self, request: int) -> None:
         """A request has ended."""

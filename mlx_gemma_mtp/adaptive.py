@@ -19,7 +19,8 @@ from .depth import DepthChoice, FixedDepth, RoundShape, RowOutcome, RowState
 _GAIN = 1.02  # how much better another depth has to be
 _OPTIMISM = 1.2  # standard errors
 _SHARE = 0.006  # of the time spent, for trying other depths
-_ALLOWANCE = 10.0  # plain rounds' worth of it given at the start
+_FIRST_SHARE, _FIRST_ROUNDS = 0.03, 300  # and of the first rounds
+_CREDIT = 32  # rounds over which a depth that should be better pays for being tried
 _SAVINGS = 12.0  # plain rounds' worth that can be put by
 _HORIZON = 64  # rounds over which a new shape's compilation has to pay
 _TRIAL = 3  # rounds at a depth never measured, besides those that compile
@@ -62,7 +63,8 @@ class DepthMemory:
     costs: CostModel = field(default_factory=CostModel)
     rates: list[float] = field(default_factory=list)
     trace: float = 0.03
-    purse: float | None = None
+    purse: float = 0.0
+    rounds: int = 0
 
 
 class AdaptiveDepth:
@@ -89,6 +91,8 @@ class AdaptiveDepth:
     def plan(self, rows: Sequence[RowState], *, width: int, context: int) -> list[int]:
         """See `DepthPolicy`."""
         new = {r.request for r in rows} - self._running
+        if not self._running:
+            self._begun.clear()  # of rounds that failed, nothing was told
         joining = len(self._running) > 0 and len(new) == len(rows)
         self._running |= new
         if any(r.fixed is None and r.cap for r in rows) and not joining:
@@ -102,7 +106,8 @@ class AdaptiveDepth:
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
         """See `DepthPolicy`."""
         now = self._clock()
-        seconds, self._last = now - max(self._begun.popleft(), self._last), now
+        seconds = now - max(self._begun.popleft(), self._last) if self._begun else 0.0
+        self._last = now
         table = self._costs.table(shape.rows, shape.context)
         expected = self._costs.level * table.seconds(shape.verified, shape.drafted)
         new = (shape.verified, shape.drafted) not in table.seen
@@ -110,8 +115,10 @@ class AdaptiveDepth:
         if self._costs.measured:
             self._earn(shape, seconds, expected, new=new)
         for outcome in outcomes:
-            self._acceptance.observe(outcome.request, outcome.offered, outcome.accepted)
-            self._predictability.observe(outcome.request, outcome.tokens)
+            over = outcome.request not in self._running
+            self._acceptance.observe(None if over else outcome.request, outcome.offered, outcome.accepted)
+            if not over:
+                self._predictability.observe(outcome.request, outcome.tokens)
         self._acceptance.tick()
         self._memory.rates = self._acceptance.rates
 
@@ -132,8 +139,10 @@ class AdaptiveDepth:
         memory, plain = self._memory, self._costs.seconds(shape.rows, 0, 0, shape.context)
         if new:
             memory.trace += 0.3 * (min(max(seconds - expected, 0.0), 3.0 * memory.trace) - memory.trace)
-        purse = _ALLOWANCE * plain if memory.purse is None else memory.purse
-        memory.purse = min(purse + _SHARE * min(seconds, 3.0 * expected), _SAVINGS * plain + 4.0 * memory.trace)
+        memory.rounds += 1
+        share = _SHARE if memory.rounds > _FIRST_ROUNDS else _FIRST_SHARE
+        most = _SAVINGS * plain + 4.0 * memory.trace
+        memory.purse = min(memory.purse + share * min(seconds, 3.0 * expected), most)
 
     def _choose(self, rows: Sequence[RowState], table: Table, *, news: bool) -> int:
         """The depth for the free rows: that of a trial, or the one with the best rate."""
@@ -194,27 +203,26 @@ class AdaptiveDepth:
             if k <= deepest + _REACH and place.due[k] <= place.rounds:
                 rounds = 1 if {(current, k), (k, current)} <= table.seen else _TRIAL
                 loss = self._loss(view, table, current, k, rounds)
-                offers.append(((hopes[k] / rate - _GAIN) / (loss + 0.1 * view.seconds[current]), loss, k, rounds))
+                value = (hopes[k] / rate - _GAIN) / (max(loss, 0.0) + 0.1 * view.seconds[current])
+                offers.append((value, loss, k, rounds))
         offers.sort(reverse=True)
-        if current == 0 and self._acceptance.stale and (not offers or offers[0][1] > self._purse):
+        if current == 0 and self._acceptance.stale and (not offers or offers[0][1] > self._memory.purse):
             # One draft tells whether the text has changed, at the least cost, though it may not pay itself.
             offers = [(0.0, self._loss(view, table, 0, 1, 1), 1, 1)] if place.due[1] <= place.rounds else []
-        if not offers or offers[0][1] > self._purse:
+        if not offers or offers[0][1] > self._memory.purse:
             return None
         _, loss, k, rounds = offers[0]
-        self._memory.purse = self._purse - loss
+        self._memory.purse -= max(loss, 0.0)
         place.due[k] = place.rounds + place.wait[k]
         place.wait[k] = min(2 * place.wait[k], _LONGEST_WAIT)
         return _Trial(table, k, rounds)
 
-    @property
-    def _purse(self) -> float:
-        return self._memory.purse or 0.0
-
     def _loss(self, view: _View, table: Table, current: int, k: int, rounds: int) -> float:
         """Seconds that some rounds of another depth are expected to lose, compilations included."""
-        lost = view.seconds[k] - view.tokens[k] / view.rates[current]
-        return rounds * max(lost, 0.0) + self._traces(table, current, k)
+        lost = rounds * max(view.seconds[k] - view.tokens[k] / view.rates[current], 0.0)
+        back = 0.0 if (k, current) in table.seen else self._memory.trace
+        gain = 0.0 if table.known(k) else max(view.rates[k] / view.rates[current] - 1.0, 0.0)
+        return lost + self._traces(table, current, k) + back - gain * _CREDIT * view.seconds[current]
 
     def _traces(self, table: Table, before: int, after: int) -> float:
         """Seconds to compile what a change of depth brings."""

@@ -30,6 +30,56 @@ def capacity_step(length: int) -> int:
     return -(-max(length, 1) // step) * step
 
 
+def planned_bytes(spec: CacheSpec, lengths: Sequence[int]) -> int:
+    """Bytes of K/V that a batch of rows of these lengths is given (-1: a free row)."""
+    if not lengths:
+        return 0
+    rows = row_bucket(len(lengths))
+    plan = _plan(spec, lengths)
+    places = plan[0][0] * rows if len(plan) == 1 else sum(size * len(members) for size, members in plan)
+    return rows * spec.ring_bytes() + places * spec.bytes_per_token()
+
+
+def _plan(spec: CacheSpec, lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Groups as (capacity, rows): the longest row sets one, rows up to one step shorter ride along."""
+    steps = {r: capacity_step(n + spec.max_block) for r, n in enumerate(lengths) if n >= 0}
+    plan = []
+    while steps:
+        top = max(steps.values())
+        members = [r for r, s in steps.items() if capacity_step(s + 1) >= top]
+        plan.append((top, members))
+        for r in members:
+            del steps[r]
+    return plan
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a row held at `length` tokens, outside of any batch: rings (1, G, C, D) and full (1, G, length, D), K and V
+    by slot. `written` is the furthest position that its rings were written to.
+    """
+
+    length: int
+    written: int
+    rings: tuple[mx.array, ...]
+    full: tuple[mx.array, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(a.nbytes for a in (*self.rings, *self.full))
+
+    def reaches_back_to(self, length: int, spec: CacheSpec) -> bool:
+        """Whether its rings still know all that a row of `length` tokens sees."""
+        return length <= self.length and _remembered(spec, self.written, length)
+
+
+def _remembered(spec: CacheSpec, written: int, length: int) -> bool:
+    """Whether rings written up to position `written` hold the windows of a row of `length` tokens."""
+    rings = [(spec.ring(s), s.window) for s in spec.slots if s.window is not None]
+    return not any(written > ring and written - length > ring - window for ring, window in rings)
+
+
 _Place = tuple[list[mx.array], int]
 _GONE = mx.array(0)
 
@@ -88,6 +138,38 @@ class KVCache:
         cache._install(rings, [[0]], [full])
         return cache
 
+    @classmethod
+    def from_held(cls, spec: CacheSpec, held: Held, length: int, capacity: int) -> KVCache:
+        """A cache of one row with the first `length` tokens of `held` and room for `capacity`. `held` stays as it is.
+
+        Raises ValueError where its rings have forgotten some of what such a row sees.
+        """
+        if not held.reaches_back_to(length, spec):
+            raise ValueError(f"what was held at {held.length} tokens can't be reused at {length}")
+        cache = cls(spec)
+        cache.lengths, cache.alive, cache._written = [length], [True], [held.written]
+        room = capacity_step(max(capacity, length) + spec.max_block)
+        full = []
+        for i, slot in enumerate(spec.fulls):
+            for j in (2 * i, 2 * i + 1):
+                rest = cache._zeros(1, slot, room - length)
+                full.append(mx.concatenate([held.full[j][:, :, :length], rest], axis=2))
+        cache._install(list(held.rings), [[0]], [full])
+        mx.eval(cache.arrays)
+        return cache
+
+    def hold(self, row: int, length: int, *, rings_only: bool = False) -> Held:
+        """A copy of what `row` holds, of its first `length` tokens at most; without its K/V if `rings_only`."""
+        source = self._sources()[row]
+        if source is None or not 0 < length <= source.length:
+            raise ValueError(f"row {row} doesn't hold {length} tokens")
+        rings = [mx.contiguous(a[source.ring_row : source.ring_row + 1]) for a in source.rings]
+        full = [mx.contiguous(a[source.full_row : source.full_row + 1, :, :length]) for a in source.full]
+        if rings_only:
+            full = []
+        mx.eval(rings, full)
+        return Held(length, source.written, tuple(rings), tuple(full))
+
     @property
     def rows(self) -> int:
         """Rows in the arrays, free ones included."""
@@ -108,16 +190,16 @@ class KVCache:
         return int(arrays[0].shape[2]) if arrays else 0
 
     def admit(self, others: Sequence[KVCache]) -> list[int]:
-        """Move the single rows of `others` into this cache (they are empty afterwards); returns their rows here."""
-        for other in others:
-            if other.spec != self.spec or len(other.lengths) != 1:
-                raise ValueError("admit expects caches of one row with the same spec")
+        """Move the open rows of `others` into this cache (they are empty afterwards); returns their rows here."""
+        if any(other.spec != self.spec for other in others):
+            raise ValueError("admit expects caches with the same spec")
         free = [r for r, alive in enumerate(self.alive) if not alive]
         sources, rows = self._sources(), []
         for other in others:
-            row = free.pop(0) if free else len(sources)
-            sources[row : row + 1] = other._sources()
-            rows.append(row)
+            for source in filter(None, other._sources()):
+                row = free.pop(0) if free else len(sources)
+                sources[row : row + 1] = [source]
+                rows.append(row)
             other._clear()
         self._rebuild(sources)
         return rows
@@ -137,10 +219,15 @@ class KVCache:
         self._rebuild([s for s in self._sources() if s is not None])
         return kept
 
+    def bytes_after(self, block: int) -> int:
+        """Bytes of K/V allocated once every open row has room for `block` more tokens."""
+        if not self._short(block):
+            return self.nbytes
+        return planned_bytes(self.spec, [n if a else -1 for n, a in zip(self.lengths, self.alive, strict=True)])
+
     def reserve(self, block: int) -> None:
         """Make room for `block` more tokens in every open row; copies only rows that outgrow their capacity."""
-        short = [r for r, a in enumerate(self.alive) if a and 0 < self.capacity(r) < self.lengths[r] + block]
-        if short:
+        if self._short(block):
             self._rebuild(self._sources())
 
     def advance(self, counts: Sequence[int], *, block: int = 0) -> None:
@@ -156,11 +243,9 @@ class KVCache:
         A ring has forgotten what lies further back than its slack behind the furthest position ever written: a row
         that has outgrown its windows can't be rewound beyond that.
         """
-        rings = [(self.spec.ring(s), s.window) for s in self.spec.slots if s.window is not None]
         for row, n in enumerate(counts):
-            length, end = self.lengths[row] - n, self._written[row]
-            forgotten = any(end > ring and end - length > ring - window for ring, window in rings)
-            if n < 0 or length < 0 or (n and forgotten):
+            length = self.lengths[row] - n
+            if n < 0 or length < 0 or (n and not _remembered(self.spec, self._written[row], length)):
                 raise ValueError(f"can't rewind row {row} of length {self.lengths[row]} by {n}")
         self.lengths = [length - n for length, n in zip(self.lengths, counts, strict=True)]
         self._sync()
@@ -172,6 +257,10 @@ class KVCache:
     def held(self, *, position: mx.array | None = None) -> HeldView:
         """A drafter's view, outside of a compiled function."""
         return HeldView(self.spec, self.layout, self.arrays, position=position)
+
+    def _short(self, block: int) -> bool:
+        """Whether a row outgrows its capacity with `block` more tokens."""
+        return any(a and 0 < self.capacity(r) < self.lengths[r] + block for r, a in enumerate(self.alive))
 
     def _zeros(self, rows: int, slot: int, capacity: int) -> mx.array:
         spec = self.spec.slots[slot]
@@ -197,25 +286,13 @@ class KVCache:
         self.lengths, self.alive, self._written, self.arrays, self._groups = [], [], [], [], []
         self.layout = Layout(groups=0, mapped=False)
 
-    def _plan(self, lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """Groups as (capacity, rows): the longest row sets one, rows up to one step shorter ride along."""
-        steps = {r: capacity_step(n + self.spec.max_block) for r, n in enumerate(lengths) if n >= 0}
-        plan = []
-        while steps:
-            top = max(steps.values())
-            members = [r for r, s in steps.items() if capacity_step(s + 1) >= top]
-            plan.append((top, members))
-            for r in members:
-                del steps[r]
-        return plan
-
     def _rebuild(self, sources: list[_Source | None]) -> None:
         """Lay rows out anew, a slot at a time so that no more than one exists twice; keep what doesn't change."""
         self._clear()
         if all(s is None for s in sources):
             return
         sources = sources + [None] * (row_bucket(len(sources)) - len(sources))
-        plan = self._plan([-1 if s is None else s.length for s in sources])
+        plan = _plan(self.spec, [-1 if s is None else s.length for s in sources])
         if len(plan) == 1:
             plan = [(plan[0][0], list(range(len(sources))))]
         rings = []

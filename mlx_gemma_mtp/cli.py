@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, cast
 
@@ -22,8 +22,9 @@ from .convert.cli import ConvertCommand
 from .convert.cli import convert as _convert
 
 if TYPE_CHECKING:
+    from .generation import Generation, Step, Timing
     from .request import FinishReason, SamplingParams
-    from .runtime import Generation, Runtime, Step, Timing
+    from .runtime import Runtime
     from .stats import SpecStats
     from .text import Piece
 
@@ -32,6 +33,8 @@ _DEMO = "demo"
 _USAGE, _FAILURE, _INTERRUPTED, _BROKEN_PIPE = 2, 1, 130, 141
 _DIM, _DRAFTED, _RESET = "\x1b[2m", "\x1b[32m", "\x1b[0m"
 _LEVELS = "▁▂▃▄▅▆▇█"
+# Bytes of K/V that a chat keeps of its earlier turns.
+_CHAT_PREFIXES = 2 << 30
 # Output of a model must not move the cursor or rename the window: a terminal gets newlines and tabs only.
 _CONTROLS = {i: None for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
 
@@ -72,10 +75,16 @@ DrafterOption = Annotated[
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 DtypeOption = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; the checkpoint's own.")]
 DepthOption = Annotated[str, typer.Option(metavar="N|auto", help="Tokens to draft per round; 0: none.")]
-TemperatureOption = Annotated[float, typer.Option(help="0: always the likeliest token.")]
-TopKOption = Annotated[int, typer.Option(help="Draw from the K likeliest tokens only; 0: from all.")]
-TopPOption = Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this share.")]
-MinPOption = Annotated[float, typer.Option(help="Draw only tokens at least this likely beside the likeliest.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="0, the default: always the likeliest token.")]
+TopKOption = Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens only; 0: from all.")]
+TopPOption = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that make up this share.")]
+MinPOption = Annotated[float | None, typer.Option(help="Draw only tokens at least this likely beside the likeliest.")]
+OwnSamplingOption = Annotated[
+    bool, typer.Option("--model-sampling", help="Sample as the model's generation_config.json says; options go first.")
+]
+StopOption = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text in the answer. Repeatable.")
+]
 SeedOption = Annotated[int | None, typer.Option(help="Sampled output comes again, the same at every depth.")]
 SystemOption = Annotated[str | None, typer.Option(help="System message.")]
 ThinkingOption = Annotated[bool, typer.Option("--thinking/--no-thinking", help="Let the model think first.")]
@@ -119,29 +128,33 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: the text as it is.")] = False,
     system: SystemOption = None,
     thinking: ThinkingOption = False,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    min_p: MinPOption = 0.0,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    model_sampling: OwnSamplingOption = False,
     seed: SeedOption = None,
+    stop: StopOption = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")] = False,
     highlight: HighlightOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer one prompt. The answer comes on stdout as it is made, then a summary on stderr."""
     _refuse_together({"--highlight": highlight, "--json": as_json})
-    sampling = _sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    limits = _Limits(max_tokens=max_tokens, depth=_depth(depth), ignore_eos=ignore_eos, sampling=sampling)
+    params = _Sampling.of(model_sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    limits = _Limits(
+        max_tokens=max_tokens, depth=_depth(depth), ignore_eos=ignore_eos, sampling=params, stop=_stops(stop)
+    )
     ask = _ask(text, prompt, tokens, raw=raw, system=system, thinking=thinking)
     source = _Source(model=model, drafter=drafter, revision=revision, dtype=dtype)
     runtime = _open(source, quiet=as_json)
     ids = _prompt_ids(runtime, ask, quiet=as_json)
     if as_json:
-        result = runtime.generate(ids, **limits.arguments())
+        result = runtime.generate(ids, **limits.arguments(runtime))
         typer.echo(json.dumps(_record(result, runtime, source, limits)))
         return
     printer = _Printer(highlight=highlight)
-    steps = runtime.stream(ids, **limits.arguments())
+    steps = runtime.stream(ids, **limits.arguments(runtime))
     _print_summary(printer.follow(steps, with_text=runtime.text is not None))
 
 
@@ -153,18 +166,20 @@ def chat(
     dtype: DtypeOption = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Per answer.")] = 1024,
     depth: DepthOption = "auto",
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    min_p: MinPOption = 0.0,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    model_sampling: OwnSamplingOption = False,
     seed: SeedOption = None,
+    stop: StopOption = None,
     system: SystemOption = None,
     thinking: ThinkingOption = False,
     highlight: HighlightOption = False,
 ) -> None:
     """Hold a conversation. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves."""
-    sampling = _sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    limits = _Limits(max_tokens=max_tokens, depth=_depth(depth), ignore_eos=False, sampling=sampling)
+    params = _Sampling.of(model_sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    limits = _Limits(max_tokens=max_tokens, depth=_depth(depth), ignore_eos=False, sampling=params, stop=_stops(stop))
     runtime = _open(_Source(model=model, drafter=drafter, revision=revision, dtype=dtype), quiet=False)
     if runtime.text is None or not runtime.text.has_chat_template:
         lacks = "tokenizer" if runtime.text is None else "chat template"
@@ -246,24 +261,46 @@ class _Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Sampling:
+    """Sampling options as given; `own`: what isn't given is as the model's makers want it, not greedy."""
+
+    own: bool
+    given: Mapping[str, Any]
+
+    @staticmethod
+    def of(own: bool, **options: Any) -> _Sampling:
+        from .request import SamplingParams
+
+        given = {name: value for name, value in options.items() if value is not None}
+        try:
+            SamplingParams(**given)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        return _Sampling(own=own, given=given)
+
+    def params(self, runtime: Runtime) -> SamplingParams:
+        from .request import SamplingParams
+
+        return replace(runtime.generation_defaults if self.own else SamplingParams(), **self.given)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Limits:
     max_tokens: int
     depth: int | Literal["auto"]
     ignore_eos: bool
-    sampling: SamplingParams
+    sampling: _Sampling
+    stop: tuple[str, ...]
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, runtime: Runtime) -> dict[str, Any]:
         given = {"max_tokens": self.max_tokens, "depth": self.depth, "ignore_eos": self.ignore_eos}
-        return {**given, "sampling": self.sampling}
+        return {**given, "sampling": self.sampling.params(runtime), "stop": self.stop}
 
 
-def _sampling(**given: Any) -> SamplingParams:
-    from .request import SamplingParams
-
-    try:
-        return SamplingParams(**given)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+def _stops(stop: Sequence[str] | None) -> tuple[str, ...]:
+    if stop and not all(stop):
+        raise typer.BadParameter("'' is empty, expected a text", param_hint="--stop")
+    return tuple(stop or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,6 +445,7 @@ def _record(result: Generation, runtime: Runtime, source: _Source, limits: _Limi
         "text": result.text,
         **({} if result.thinking is None else {"thinking": result.thinking}),
         "finish_reason": result.finish_reason,
+        "stop": result.stop,
         "contract": result.contract,
         "stats": result.stats.to_dict(),
         "timing": result.timing.to_dict(),
@@ -504,6 +542,7 @@ class _Chat:
         self._thinking = thinking
         self._highlight = highlight
         self._turns: list[Mapping[str, str]] = []
+        runtime.keep_prefixes(_CHAT_PREFIXES)
 
     def run(self) -> None:
         """Read and answer lines until /exit or the end of input."""
@@ -538,7 +577,7 @@ class _Chat:
         printer = _Printer(highlight=self._highlight)
         try:
             ids = self._codec.render(_messages(turns, self._system), thinking=self._thinking)
-            steps = self._runtime.stream(ids, **self._limits.arguments())
+            steps = self._runtime.stream(ids, **self._limits.arguments(self._runtime))
             outcome = printer.follow(steps, with_text=True)
         except KeyboardInterrupt:
             _note("stopped")
@@ -578,7 +617,10 @@ def _print_summary(outcome: _Outcome) -> None:
     lines = [
         ("output", f"{outcome.tokens} tokens, ended by {outcome.finish_reason}"),
         ("decode", f"{timing.decode_rate:.1f} tokens/s"),
-        ("prefill", f"{timing.prefill_rate:.1f} tokens/s ({timing.prompt_tokens} tokens)"),
+        (
+            "prefill",
+            f"{timing.prefill_rate:.1f} tokens/s ({timing.prompt_tokens} tokens, {timing.reused_tokens} reused)",
+        ),
         ("rounds", f"{stats.rounds}, {stats.accepted_per_round:.2f} drafts accepted per round"),
         ("accepted", _bars(stats.acceptance_per_position)),
         ("memory", f"{_bytes(timing.peak_memory)} at its peak"),

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .request import Request
+from .request import ConstraintError, Request
 from .text import TextCodec
 
 if TYPE_CHECKING:
@@ -52,10 +52,6 @@ _ANNOTATIONS = frozenset(
     "contentMediaType contentEncoding discriminator".split()
 )
 _KEYWORDS = _SCHEMA_MAPS | _SCHEMA_LISTS | _SCHEMAS | _ASSERTIONS | _ANNOTATIONS
-
-
-class ConstraintError(RuntimeError):
-    """An output can't go on: it left its grammar, or the grammar outgrew llguidance's limits at this point."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +203,12 @@ class Grammars:
         sampling = request.sampling
         if sampling.constraint is None:
             return None
-        if sampling.min_tokens and not isinstance(sampling.constraint, ThinkingBudget):
-            raise ValueError(f"min_tokens is {sampling.min_tokens}, expected 0 with a grammar: it says where to end")
+        if not isinstance(sampling.constraint, ThinkingBudget):
+            ends = "with a grammar: it says where to end"
+            if sampling.min_tokens:
+                raise ValueError(f"min_tokens is {sampling.min_tokens}, expected 0 {ends}")
+            if request.ignore_eos:
+                raise ValueError(f"ignore_eos is True, expected False {ends}")
         return self.start(sampling.constraint, prompt=request.prompt, stop_ids=request.stop_ids)
 
     def _compile(self, spec: Grammar) -> LLMatcher:

@@ -73,21 +73,32 @@ class Request:
 
     `prompt` is a non-empty sequence of token ids; `stop_ids` end the output (and are not part of it) unless
     `ignore_eos`; `depth` is the number of drafts per round for this row (None: the scheduler's own); `choice` tells
-    several outputs of one prompt and seed apart: each has noise of its own.
+    several outputs of one prompt and seed apart: each has noise of its own. `stop` strings end the text in front of
+    them, behind the first `min_tokens` tokens: they are looked for by whoever makes text of the tokens (see `stops`).
+    `checkpoints`: lengths of the prompt at which later prompts may part from it (ends of turns): a prefix cache can go
+    on from there.
     """
 
     prompt: Sequence[int]
     max_tokens: int = 256
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: Sequence[str] = ()
     stop_ids: frozenset[int] = frozenset()
     depth: int | None = None
     ignore_eos: bool = False
     choice: int = 0
+    checkpoints: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         _check("prompt", self.prompt, len(self.prompt) > 0, "at least one token id")
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "a count of at least 1")
         _check("depth", self.depth, self.depth is None or self.depth >= 0, "None or a count of at least 0")
+        stops = not isinstance(self.stop, str) and all(isinstance(text, str) and text for text in self.stop)
+        _check("stop", self.stop, stops, "texts of at least one character")
+
+
+class ConstraintError(RuntimeError):
+    """An output can't go on under its constraint. It is that one output's failure: no other row is concerned."""
 
 
 @dataclass(frozen=True)

@@ -5,25 +5,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from operator import index
 from typing import Any
 
 import mlx.core as mx
 
-from .adaptive import parse_depth
+from .adaptive import AdaptiveDepth, DepthMemory, parse_depth
 from .cache import KVCache
 from .config import LayerSpec
 from .constraints import Grammars
-from .loading import Loaded, Progress, load_pair
+from .costs import CostFacts, CostModel
+from .depth import DepthPolicy, FixedDepth
+from .generation import Filling, Generation, Step, Timing
+from .generation_config import generation_defaults, read_stop_ids
+from .loading import Loaded, Progress, load_pair, memory_limit
 from .models.drafter import Drafter
 from .models.target import Target
-from .request import Contract, FinishReason, Request, SamplingParams, TokenLogprob
+from .prefix import PrefixCache
+from .request import Request, SamplingParams
 from .sampling import Constraint
 from .scheduler import Scheduler
 from .speculative import MAX_DEPTH, Speculator
-from .stats import SpecStats
-from .text import Piece, TextCodec, read_stop_ids
+from .stops import OutputReader, checked_stops
+from .text import TextCodec
 from .views import CacheSpec
 
 log = logging.getLogger(__name__)
@@ -32,72 +36,6 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text (put into the chat template as a user's message), token ids, or chat messages."""
 
 _CHUNK = 512
-
-
-@dataclass(kw_only=True)
-class Timing:
-    """Seconds and what they were spent on. `peak_memory` is in bytes, weights and K/V included."""
-
-    prompt_tokens: int = 0
-    decode_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    peak_memory: int = 0
-
-    @property
-    def prefill_rate(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_rate(self) -> float:
-        """Tokens per second after each request's first, which the prefill gives."""
-        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-    def to_dict(self) -> dict[str, float | int]:
-        """Ready for JSON."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "decode_tokens": self.decode_tokens,
-            "prefill_seconds": round(self.prefill_seconds, 6),
-            "decode_seconds": round(self.decode_seconds, 6),
-            "prefill_tokens_per_second": round(self.prefill_rate, 2),
-            "decode_tokens_per_second": round(self.decode_rate, 2),
-            "peak_memory_bytes": self.peak_memory,
-        }
-
-
-@dataclass(kw_only=True)
-class Step:
-    """What one step of a stream brought. `text` is the new text that is final; `pieces` tells thought from answer."""
-
-    tokens: tuple[int, ...]
-    drafted: tuple[bool, ...]
-    text: str
-    pieces: tuple[Piece, ...]
-    finish_reason: FinishReason | None
-    stats: SpecStats
-    timing: Timing
-
-
-@dataclass(kw_only=True)
-class Generation:
-    """A finished output. `text` is the answer alone; `thinking` the thought before it, or None.
-
-    `contract` says what the tokens promise (see `request.Contract`). With n > 1, `choices` holds all outputs, of which
-    this is the first.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    drafted: list[bool] = field(default_factory=list)
-    text: str = ""
-    thinking: str | None = None
-    finish_reason: FinishReason | None = None
-    contract: Contract = "exact"
-    logprobs: list[TokenLogprob] | None = None
-    choices: list[Generation] = field(default_factory=list)
-    stats: SpecStats = field(default_factory=SpecStats)
-    timing: Timing = field(default_factory=Timing)
 
 
 def load(
@@ -128,11 +66,27 @@ class Runtime:
         self.config, self.drafter_config = loaded.config, loaded.drafter_config
         self.text = TextCodec.from_directory(loaded.path)
         self._grammars: Grammars | None = None
+        self._claimed = False
+        self.depth_memory = DepthMemory(CostModel(cost_facts(loaded)))
         self._stop_ids = read_stop_ids(loaded.path) if self.text is None else self.text.stop_ids
         spec = CacheSpec(slots=self.config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
+        self.prefixes = PrefixCache(spec, 0)
         self._speculator = Speculator(
             loaded.target, loaded.drafter, spec, compiled=_can_compile() if compiled is None else compiled
         )
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What is computed in."""
+        return self._speculator.spec.dtype
+
+    @property
+    def generation_defaults(self) -> SamplingParams:
+        """How the checkpoint's makers want tokens chosen. Nothing here uses them unasked: `SamplingParams()` is greedy.
+
+        Raises ValueError for a generation_config.json that can't be used.
+        """
+        return generation_defaults(self._loaded.path)
 
     def generate(
         self,
@@ -140,17 +94,25 @@ class Runtime:
         *,
         max_tokens: int = 256,
         sampling: SamplingParams | None = None,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
         depth: int | str = "auto",
         ignore_eos: bool = False,
         n: int = 1,
     ) -> Generation:
-        """Decode one prompt to its end, `n` times over (all of them are in `choices`)."""
+        """Decode one prompt to its end, `n` times over (all of them are in `choices`).
+
+        Greedy unless `sampling` says otherwise. The output ends at `max_tokens`, at an id of the checkpoint's that ends
+        outputs (unless `ignore_eos`), at one of `stop_ids`, or where its answer holds one of the texts in `stop`.
+        """
         if n < 1:
             raise ValueError(f"n is {n}, expected at least 1")
         outputs = self.generate_batch(
             [self._ids(prompt)] * n,
             max_tokens=max_tokens,
             sampling=sampling,
+            stop=stop,
+            stop_ids=stop_ids,
             depth=depth,
             ignore_eos=ignore_eos,
             choices=range(n),
@@ -164,6 +126,8 @@ class Runtime:
         *,
         max_tokens: int = 256,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
         depth: int | str = "auto",
         ignore_eos: bool = False,
         max_batch: int | None = None,
@@ -171,15 +135,66 @@ class Runtime:
     ) -> list[Generation]:
         """Decode prompts of any lengths as one ragged batch (of at most `max_batch` rows; default: all at once).
 
-        `sampling` is one for all or one each, in one batch. `choices` tells outputs of one seed apart (`Request`).
-        `timing` is that of the batch, in every output.
+        `sampling` is one for all or one each, in one batch; for more that differs, see `decode`. `choices` tells
+        outputs of one seed apart (`Request`).
         """
-        ids, outputs = [self._ids(p) for p in prompts], [Generation() for _ in prompts]
-        for _ in self._run(ids, outputs, max_tokens, sampling, depth, ignore_eos, max_batch, choices):
+        sampling = SamplingParams() if sampling is None else sampling
+        params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(params) != len(prompts):
+            raise ValueError(f"sampling has {len(params)} entries for {len(prompts)} prompts")
+        requests = [
+            self.request(
+                prompt,
+                max_tokens=max_tokens,
+                sampling=p,
+                stop=stop,
+                stop_ids=stop_ids,
+                ignore_eos=ignore_eos,
+                choice=choices[i] if choices else 0,
+            )
+            for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
+        ]
+        return self.decode(requests, depth=depth, max_batch=max_batch)
+
+    def request(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        sampling: SamplingParams | None = None,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        depth: int | None = None,
+        ignore_eos: bool = False,
+        choice: int = 0,
+    ) -> Request:
+        """A request of this pair: `stop_ids` come beside the checkpoint's own, which `ignore_eos` leaves out."""
+        more = frozenset(stop_ids)
+        if stop and self.text is None:
+            raise ValueError(f"stop is {stop!r}, but this checkpoint has no tokenizer: use stop_ids")
+        ids = self._ids(prompt)
+        return Request(
+            prompt=ids,
+            max_tokens=max_tokens,
+            sampling=SamplingParams() if sampling is None else sampling,
+            stop=checked_stops(stop),
+            stop_ids=more if ignore_eos and more else more | self._stop_ids,
+            depth=depth,
+            ignore_eos=ignore_eos and not more,
+            choice=choice,
+            checkpoints=self.text.checkpoints(ids) if self.text is not None and self.prefixes.limit else (),
+        )
+
+    def decode(
+        self, requests: Sequence[Request], *, depth: int | str = "auto", max_batch: int | None = None
+    ) -> list[Generation]:
+        """Decode requests as one ragged batch (of at most `max_batch` rows; default: all at once).
+
+        `depth` is for requests that name none. `timing` is that of the batch, in every output.
+        """
+        outputs = [Generation() for _ in requests]
+        for _ in self._run(requests, outputs, depth, max_batch):
             pass
-        for output, prompt in zip(outputs, ids, strict=True):
-            if self.text is not None:
-                output.text, output.thinking = self.text.split(output.tokens, prompt)
         return outputs
 
     def stream(
@@ -188,25 +203,16 @@ class Runtime:
         *,
         max_tokens: int = 256,
         sampling: SamplingParams | None = None,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
         depth: int | str = "auto",
         ignore_eos: bool = False,
     ) -> Iterator[Step]:
-        """Decode one prompt, step by step. Dropping the iterator ends the request."""
-        ids = self._ids(prompt)
-        output, reader = Generation(), self.text.stream(ids) if self.text is not None else None
-        for new, flags in self._run([ids], [output], max_tokens, sampling, depth, ignore_eos, None):
-            pieces: tuple[Piece, ...] = ()
-            if reader is not None:
-                pieces = reader.push(new, flags) + (reader.flush() if output.finish_reason else ())
-            yield Step(
-                tokens=new,
-                drafted=flags,
-                text="".join(p.text for p in pieces),
-                pieces=pieces,
-                finish_reason=output.finish_reason,
-                stats=output.stats,
-                timing=output.timing,
-            )
+        """Decode one prompt, step by step; see `generate`. Dropping the iterator ends the request."""
+        request = self.request(
+            prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, stop_ids=stop_ids, ignore_eos=ignore_eos
+        )
+        return self._run([request], [Generation()], depth, None)
 
     def logits(self, tokens: Sequence[int]) -> mx.array:
         """Logits (L, vocab), float32, after each of `tokens`: for scoring and parity."""
@@ -232,6 +238,68 @@ class Runtime:
         block = self._speculator.draft(cache, token, hidden, depth, position=position)
         drafted: list[int] = block[0].tolist()  # type: ignore[assignment]
         return drafted
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an output."""
+        return self._stop_ids
+
+    def scheduler(
+        self,
+        *,
+        depth: int | str | DepthPolicy = "auto",
+        max_batch: int = 8,
+        prefill_budget: int = 512,
+        kv_budget: int | None = None,
+        prefix_cache: int | PrefixCache = 0,
+    ) -> Scheduler:
+        """A scheduler over these models, to be made and stepped in one thread; see `Scheduler`. Raises ValueError.
+
+        It keeps constraints, but knows no stop strings: see `stops.OutputReader`.
+        """
+        return Scheduler(
+            self._speculator,
+            vocab_size=self.config.vocab_size,
+            max_positions=self.config.max_positions,
+            depth=self.depth_policy(depth) if isinstance(depth, int | str) else depth,
+            max_batch=max_batch,
+            chunk=_CHUNK,
+            prefill_budget=prefill_budget,
+            kv_budget=kv_budget,
+            prefix_cache=prefix_cache,
+            constrain=self._constrain,
+        )
+
+    def depth_policy(self, depth: int | str) -> AdaptiveDepth | FixedDepth:
+        """The policy for a caller's `depth`. All that are "auto" here learn into one memory. Raises ValueError."""
+        policy = parse_depth(depth, self.depth_memory)
+        return policy if self._loaded.drafter is not None else FixedDepth(0)
+
+    def keep_prefixes(self, limit: int) -> None:
+        """Keep up to `limit` bytes of K/V of prompts and outputs between calls, for prompts that begin alike."""
+        self.prefixes.limit = limit
+        self.prefixes.shrink(limit)
+
+    def default_kv_budget(self, prefix_cache: int = 0) -> int:
+        """Bytes that K/V may take here: what the weights, `prefix_cache` and a sixteenth for all else leave free."""
+        drafter = self._loaded.drafter
+        portions = [*self._loaded.target.arrays, *([] if drafter is None else drafter.arrays)]
+        weights = sum(a.nbytes for portion in portions for a in portion)
+        limit = memory_limit()
+        return max(limit - limit // 16 - weights - prefix_cache, 0)
+
+    def claim(self) -> None:
+        """Refuse direct calls until `release`: an engine computes with these models in its own thread."""
+        self._check_free()
+        self._claimed = True
+
+    def release(self) -> None:
+        """End a claim."""
+        self._claimed = False
+
+    def _check_free(self) -> None:
+        if self._claimed:
+            raise RuntimeError("an Engine has this runtime: submit requests to it, or shut it down first")
 
     def info(self) -> dict[str, Any]:
         """What is loaded: layers, parameters, bytes of weights and K/V, and what the drafter reads. Ready for JSON."""
@@ -296,6 +364,7 @@ class Runtime:
         return cache, hidden
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
+        self._check_free()
         ids = _whole_numbers(tokens)
         if not ids:
             raise ValueError("tokens is empty, expected at least one token id")
@@ -316,65 +385,73 @@ class Runtime:
         return self.text.render(messages)  # type: ignore[arg-type]
 
     def _run(
-        self,
-        prompts: Sequence[Sequence[int]],
-        outputs: Sequence[Generation],
-        max_tokens: int,
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
-        depth: int | str,
-        ignore_eos: bool,
-        max_batch: int | None,
-        choices: Sequence[int] | None = None,
-    ) -> Iterator[tuple[tuple[int, ...], tuple[bool, ...]]]:
-        """Fill `outputs` step by step; yields each event's tokens and whether they were drafted."""
-        sampling = SamplingParams() if sampling is None else sampling
-        params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
-        if len(params) != len(prompts):
-            raise ValueError(f"sampling has {len(params)} entries for {len(prompts)} prompts")
-        scheduler = Scheduler(
-            self._speculator,
-            vocab_size=self.config.vocab_size,
-            max_positions=self.config.max_positions,
-            depth=parse_depth(depth),
-            max_batch=max_batch or max(len(prompts), 1),
-            chunk=_CHUNK,
-            constrain=self._constrain,
-        )
-        timing, by_id = Timing(), {}
-        for i, (ids, output, p) in enumerate(zip(prompts, outputs, params, strict=True)):
-            request = Request(
-                prompt=ids,
-                max_tokens=max_tokens,
-                sampling=p,
-                stop_ids=self._stop_ids,
-                ignore_eos=ignore_eos,
-                choice=choices[i] if choices else 0,
-            )
-            output.contract, output.logprobs = p.contract, None if p.logprobs is None else []
+        self, requests: Sequence[Request], outputs: Sequence[Generation], depth: int | str, max_batch: int | None
+    ) -> Iterator[Step]:
+        """Fill `outputs`; yields what each event brought."""
+        self._check_free()
+        rows = max_batch or max(len(requests), 1)
+        scheduler = self.scheduler(depth=depth, max_batch=rows, prefix_cache=self.prefixes)
+        timing, fillings = Timing(), dict[int, Filling]()
+        for request, output in zip(requests, outputs, strict=True):
             number, output.stats = scheduler.add(request)
-            by_id[number] = output
-            output.timing = timing
-            timing.prompt_tokens += len(ids)
+            output.contract, output.timing = request.sampling.contract, timing
+            least, asked = request.sampling.min_tokens, request.sampling.logprobs
+            stream = None if self.text is None else self.text.stream(request.prompt)
+            reader = None if stream is None else OutputReader(stream, request.stop, min_tokens=least)
+            fillings[number] = Filling(output, reader, logprobs=asked is not None)
+            timing.prompt_tokens += len(request.prompt)
         mx.reset_peak_memory()
-        while scheduler.busy:
-            prefill, begin = scheduler.next_is_prefill, time.perf_counter()
-            events = scheduler.step()
-            spent = time.perf_counter() - begin
-            timing.peak_memory = mx.get_peak_memory()
-            if prefill:
-                timing.prefill_seconds += spent
-            else:
-                timing.decode_seconds += spent
-            for event in events:
-                output = by_id[event.request_id]
-                output.tokens += event.tokens
-                output.drafted += event.drafted
-                if output.logprobs is not None:
-                    output.logprobs += event.logprobs
-                output.finish_reason = event.finish_reason
-                timing.decode_tokens += 0 if prefill else len(event.tokens)
-            for event in events:
-                yield event.tokens, event.drafted
+        reused = self.prefixes.reused_tokens
+        try:
+            while scheduler.busy:
+                prefill, begin = scheduler.next_is_prefill, time.perf_counter()
+                events = scheduler.step()
+                spent = time.perf_counter() - begin
+                timing.peak_memory = mx.get_peak_memory()
+                timing.reused_tokens = self.prefixes.reused_tokens - reused
+                if prefill:
+                    timing.prefill_seconds += spent
+                else:
+                    timing.decode_seconds += spent
+                for event in events:
+                    filling = fillings[event.request_id]
+                    step = filling.take(event)
+                    if step is None:
+                        continue
+                    if filling.stopped and event.finish_reason is None:
+                        scheduler.cancel(event.request_id)
+                    timing.decode_tokens += 0 if prefill else len(step.tokens)
+                    yield step
+        finally:
+            # A caller who leaves in the middle leaves what was computed to the prefix cache.
+            for number in fillings:
+                scheduler.cancel(number)
+
+
+def cost_facts(loaded: Loaded) -> CostFacts:
+    """What a round of a pair reads, in bytes: where the cost of drafting starts from before it is measured."""
+    config, drafter = loaded.config, loaded.drafter_config
+    spec = CacheSpec(slots=config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
+    moe = next((s.moe for s in config.layers if s.moe is not None), None)
+    experts = sum(3 * s.moe.experts * s.moe.hidden * config.hidden_size for s in config.layers if s.moe is not None)
+    # Of the tables of per-layer embeddings a forward reads a few rows.
+    tables = config.per_layer_vocab * config.per_layer_hidden * len(config.layers)
+    size = _sizes(loaded.target)
+    each = size["bytes"] / max(size["parameters"], 1)
+    draft = 0.0
+    if loaded.drafter is not None and drafter is not None:
+        size = _sizes(loaded.drafter)
+        head = drafter.vocab_size * drafter.hidden_size if drafter.centroids else 0
+        unread = head * (1 - drafter.centroids.top_k / drafter.centroids.count) if drafter.centroids else 0.0
+        draft = (size["parameters"] - unread) * size["bytes"] / max(size["parameters"], 1)
+    return CostFacts(
+        dense=(loaded.target.parameters - experts - tables) * each,
+        experts=experts * each,
+        count=moe.experts if moe else 1,
+        used=moe.top_k if moe else 1,
+        kv=float(spec.bytes_per_token()),
+        drafter=draft,
+    )
 
 
 def _whole_numbers(tokens: Any) -> list[int]:

@@ -129,17 +129,21 @@ def array_names(layout: SamplerLayout) -> tuple[str, ...]:
 
 
 class Constraint(Protocol):
-    """Which tokens may come next, step by step, for one output. Lives on the host; made anew for every request."""
+    """Which tokens may come next, step by step, for one output. Lives on the host; made anew for every request.
+
+    Both methods raise `request.ConstraintError` where the output can't go on.
+    """
 
     def masks(self, drafts: Sequence[int]) -> npt.NDArray[np.uint32]:
         """Tokens allowed before each of `drafts` and behind the last: (len(drafts) + 1, ceil(vocab / 32)).
 
         Token t is bit t % 32 of word t // 32.
-        Where a draft is itself forbidden, what is said of the positions behind it doesn't matter.
+        Where a draft is itself forbidden, what is said of the positions behind it doesn't matter. Raises
+        ConstraintError when no token could follow.
         """
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Note the tokens that the output was given."""
+        """Note the tokens that the output was given. Raises ConstraintError at one that was not allowed."""
 
 
 class Rows:

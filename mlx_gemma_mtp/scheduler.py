@@ -3,46 +3,50 @@
 from __future__ import annotations
 
 import secrets
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import count
 
 import mlx.core as mx
 import numpy as np
 
+from .admission import Admission, Job
 from .cache import KVCache
 from .depth import DepthPolicy, RoundShape, RowOutcome, RowState
-from .request import FinishReason, Request, TokenEvent, TokenLogprob
-from .sampling import Constraint, History, Sampler
+from .prefix import PrefixCache, as_tokens
+from .request import ConstraintError, FinishReason, Request, TokenEvent, TokenLogprob
+from .sampling import Constraint, Sampler
 from .speculative import MAX_DEPTH, Block, Masks, Round, Speculator
 from .stats import SpecStats
 
 
-@dataclass(kw_only=True)
-class _Job:
-    """A request on its way: waiting, being prefilled (it has a cache of its own), or a row of the batch."""
+@dataclass(frozen=True, kw_only=True)
+class SchedulerStats:
+    """What a scheduler holds and has done. Bytes are of K/V; `speculation` sums the counters of all requests."""
 
-    id: int
-    request: Request
-    stats: SpecStats = field(default_factory=SpecStats)
-    cache: KVCache | None = None
-    output: list[int] = field(default_factory=list)
-    constraint: Constraint | None = None
-
-    @property
-    def history(self) -> History:
-        """What its sampler needs to know."""
-        request = self.request
-        return History(request.sampling, request.prompt, self.output, request.stop_ids, request.choice)
+    running: int
+    waiting: int
+    rounds: int
+    preemptions: int
+    prefilled_tokens: int
+    kv_bytes: int
+    kv_budget: int | None
+    prefix_bytes: int
+    prefix_entries: int
+    prefix_hits: int
+    prefix_tokens: int
 
 
 class Scheduler:
     """Drives rounds for requests that come and go.
 
     `add` and `cancel` at any moment; each `step` is either one prefill step (at most `prefill_budget` prompt tokens,
-    in chunks of `chunk`) or one round of all rows, in turn where both wait, so that running rows stall for one
-    prefill step at most. Requests are admitted in their order, up to `max_batch` rows. `constrain` starts a request's
-    constraint, or raises ValueError.
+    in forwards of at most `chunk`) or one round of all rows, in turn where both wait, so that running rows stall for
+    one prefill step at most. Up to `max_batch` requests have a row or are prefilled; their K/V stays within
+    `kv_budget` bytes (None: no limit): who doesn't fit waits, and if rows outgrow it, the newest goes back to the queue
+    and is computed anew later. `prefix_cache` (a count of bytes more, or one that outlives this scheduler) holds K/V of
+    prompts and outputs that are over, for prompts that begin alike. `constrain` starts a request's constraint, or
+    raises ValueError.
     """
 
     def __init__(
@@ -54,7 +58,9 @@ class Scheduler:
         depth: DepthPolicy,
         max_batch: int = 8,
         chunk: int = 512,
-        prefill_budget: int = 2048,
+        prefill_budget: int = 512,
+        kv_budget: int | None = None,
+        prefix_cache: int | PrefixCache = 0,
         constrain: Callable[[Request], Constraint | None] = lambda _: None,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("chunk", chunk), ("prefill_budget", prefill_budget)):
@@ -62,34 +68,80 @@ class Scheduler:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         self._speculator = speculator
         self._vocab_size, self._max_positions = vocab_size, max_positions
-        self._depth, self._max_batch, self._chunk, self._budget = depth, max_batch, chunk, prefill_budget
-        self._constrain = constrain
+        self._depth, self._budget, self._constrain = depth, prefill_budget, constrain
+        prefixes = PrefixCache(speculator.spec, prefix_cache) if isinstance(prefix_cache, int) else prefix_cache
+        self._admission = Admission(
+            speculator, max_batch=max_batch, chunk=chunk, kv_budget=kv_budget, prefixes=prefixes
+        )
         self._cache = KVCache(speculator.spec)
-        self._rows: list[_Job | None] = []
+        self._rows: list[Job | None] = []
         self._block: Block | None = None
         self._key = mx.random.key(secrets.randbits(63))
         self._sampler = Sampler([], vocab_size, self._key)
-        self._waiting: deque[_Job] = deque()
-        self._next_id = 0
+        self._ids = count()
+        self._paused: dict[int, Job] = {}
         self._prefilled_last = False
+        self._rounds, self._preemptions = 0, 0
+        # Whom a step that raises may have cost their K/V: these jobs, and, if the batch was touched, all rows.
+        self._at_risk: list[Job] = []
+        self._batch_at_risk = False
 
     @property
     def busy(self) -> bool:
         """True while there is something to do."""
-        return bool(self._waiting) or self._running > 0
+        return bool(self._admission.waiting or self._admission.started) or self.running > 0
 
     @property
     def next_is_prefill(self) -> bool:
         """Whether the next step prefills."""
-        room = bool(self._waiting) and self._running < self._max_batch
-        return room and (self._running == 0 or not self._prefilled_last)
+        if self.running and self._prefilled_last:
+            return False
+        return bool(self._admission.started) or self._admission.can_start(self._lengths())
 
     @property
-    def _running(self) -> int:
+    def running(self) -> int:
+        """Rows of the batch in use."""
         return sum(job is not None for job in self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are no row yet."""
+        return len(self._admission.waiting) + len(self._admission.started)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K/V allocated, without those of the prefix cache."""
+        return self._cache.nbytes + self._admission.nbytes
+
+    def stats(self) -> SchedulerStats:
+        """How things stand."""
+        admission = self._admission
+        return SchedulerStats(
+            running=self.running,
+            waiting=self.waiting,
+            rounds=self._rounds,
+            preemptions=self._preemptions,
+            prefilled_tokens=admission.prefilled_tokens,
+            kv_bytes=self.kv_bytes,
+            kv_budget=admission.kv_budget,
+            prefix_bytes=admission.prefixes.nbytes,
+            prefix_entries=len(admission.prefixes),
+            prefix_hits=admission.prefixes.hits,
+            prefix_tokens=admission.prefixes.reused_tokens,
+        )
 
     def add(self, request: Request) -> tuple[int, SpecStats]:
         """Queue a request; returns its id and its counters, which stay up to date. Raises ValueError."""
+        job = self.prepare(request)
+        self.enqueue(job)
+        return job.id, job.stats
+
+    def enqueue(self, job: Job) -> None:
+        """Queue what `prepare` made."""
+        self._admission.add(job)
+
+    def prepare(self, request: Request) -> Job:
+        """Check a request and start its constraint. Changes nothing here: any thread may call it. Raises ValueError."""
         needed = len(request.prompt) + request.max_tokens
         if needed > self._max_positions:
             raise ValueError(
@@ -101,20 +153,23 @@ class Scheduler:
         for token in request.prompt:
             if not 0 <= token < self._vocab_size:
                 raise ValueError(f"prompt has token id {token}, expected 0 to {self._vocab_size - 1}")
+        self._admission.check(needed)
         constraint = self._constrain(request)
         if request.sampling.constraint is not None and constraint is None:
             raise ValueError(f"constraint is {request.sampling.constraint!r}: nothing here can honour it")
-        job = _Job(id=self._next_id, request=request, constraint=constraint)
-        self._next_id += 1
-        self._waiting.append(job)
-        return job.id, job.stats
+        return Job(
+            id=next(self._ids),
+            request=request,
+            stats=SpecStats(contracts={request.sampling.contract: 1}),
+            constraint=constraint,
+            tokens=as_tokens(request.prompt),
+        )
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request at once, whatever its state; no event follows. False if it isn't there (any more)."""
-        for job in self._waiting:
-            if job.id == request_id:
-                self._waiting.remove(job)
-                return True
+        if self._admission.remove(request_id) or self._paused.pop(request_id, None) is not None:
+            self._depth.forget(request_id)
+            return True
         for row, running in enumerate(self._rows):
             if running is not None and running.id == request_id:
                 self._close(row)
@@ -122,89 +177,167 @@ class Scheduler:
                 return True
         return False
 
+    def pause(self, request_id: int) -> bool:
+        """Take a request out until `resume`, as if it were preempted. False if it isn't there."""
+        for job in (*filter(None, self._rows), *self._admission.started, *self._admission.waiting):
+            if job.id == request_id:
+                self._withdraw(job)
+                self._paused[job.id] = job
+                return True
+        return False
+
+    def resume(self, request_id: int) -> None:
+        """Queue a paused request again."""
+        self._admission.add(self._paused.pop(request_id))
+
     def step(self) -> list[TokenEvent]:
         """Do one prefill step or one round; returns what requests got, in the order of their rows."""
         if self.next_is_prefill:
             self._prefilled_last = True
             return self._prefill()
         self._prefilled_last = False
-        return self._round() if self._running else []
+        return self._round() if self.running else []
+
+    def abort(self) -> list[int]:
+        """After `step` has raised: drop the requests that it was working for, and return their ids; others go on."""
+        lost = [*self._at_risk, *(filter(None, self._rows) if self._batch_at_risk else ())]
+        if self._batch_at_risk:
+            self._cache, self._rows, self._block = KVCache(self._speculator.spec), [], None
+            self._resample()
+        self._at_risk, self._batch_at_risk = [], False
+        for job in lost:
+            if job in self._admission.started:
+                self._admission.started.remove(job)
+            self._depth.forget(job.id)
+        return sorted({job.id for job in lost})
+
+    def __contains__(self, request_id: int) -> bool:
+        """Whether a request is here, waiting or running."""
+        jobs = (*self._admission.waiting, *self._admission.started, *filter(None, self._rows))
+        return request_id in self._paused or any(job.id == request_id for job in jobs)
 
     def _prefill(self) -> list[TokenEvent]:
-        budget, events = self._budget, []
-        ready: list[tuple[_Job, Block]] = []
-        while self._waiting and budget > 0 and self._running + len(ready) < self._max_batch:
-            job, hidden = self._waiting[0], None
-            prompt = job.request.prompt
-            if job.cache is None:
-                job.cache = KVCache.with_row(self._speculator.spec, len(prompt))
-            while budget > 0 and (done := job.cache.lengths[0]) < len(prompt):
-                chunk = prompt[done : done + min(self._chunk, budget)]
-                hidden = self._speculator.prefill(job.cache, chunk)
-                budget -= len(chunk)
-            if job.cache.lengths[0] < len(prompt):
-                break
-            assert hidden is not None
-            sampler = Sampler([job.history], self._vocab_size, self._fresh_key())
-            masks = self._masks([job], Block(mx.zeros((1, 1), mx.int32), (0,)))
-            depth = self._depth.plan([self._state(job)], width=1, context=len(prompt))[0]
-            first = self._speculator.first(job.cache, hidden, depth, sampler, masks)
-            self._waiting.popleft()
-            job.stats.prefills += 1
-            events.append(self._event(job, first, 0))
-            if events[-1].finish_reason is None:
-                ready.append((job, first.block))
-        self._admit(ready)
+        self._admission.start(self._lengths())
+        self._at_risk = list(self._admission.started)
+        ready = self._admission.prefill(self._budget, until_ready=self.running == 0)
+        self._at_risk = [job for job, _ in ready]
+        events = self._first(ready) if ready else []
+        self._at_risk, self._batch_at_risk = [], False
         return events
 
-    def _admit(self, ready: list[tuple[_Job, Block]]) -> None:
-        if not ready:
+    def _first(self, ready: list[tuple[Job, mx.array]]) -> list[TokenEvent]:
+        """The first token of prompts that are through, which then join the batch."""
+        jobs, caches = [job for job, _ in ready], [job.cache for job, _ in ready if job.cache is not None]
+        alone = self.running == 0
+        if alone:
+            self._batch_at_risk = True
+            self._cache, self._rows, self._block = KVCache(self._speculator.spec), [], None
+        cache = self._cache if alone else caches[0] if len(caches) == 1 else KVCache(self._speculator.spec)
+        if cache is not caches[0]:
+            cache.admit(caches)
+        free = cache.rows - len(jobs)
+        rows: list[Job | None] = [*jobs, *[None] * free]
+        hidden = mx.concatenate([h for _, h in ready] + [ready[0][1]] * free)
+        states, context = [self._state(job) for job in jobs], max(len(job.tokens) for job in jobs)
+        depths = [*self._depth.plan(states, width=cache.rows, context=context), *[0] * free]
+        sampler = Sampler([None if j is None else j.history for j in rows], self._vocab_size, self._fresh_key())
+        masks = self._masks(rows, Block(mx.zeros((len(rows), 1), mx.int32), (0,) * len(rows)))
+        first = self._speculator.first(cache, hidden, depths, sampler, masks)
+        events = []
+        for row, job in enumerate(jobs):
+            job.cache = None
+            job.stats.prefills += 1
+            events.append(self._event(job, first, row))
+            if events[-1].finish_reason is not None:
+                self._end(job, cache, row)
+                rows[row] = None
+        if alone:
+            self._rows, self._block, self._sampler = rows, first.block, sampler
+            self._shrink()
+        else:
+            self._admit(cache, rows, first.block)
+        return events
+
+    def _admit(self, cache: KVCache, joining: Sequence[Job | None], block: Block) -> None:
+        """Let the open rows of another cache join the batch."""
+        if not any(joining):
             return
-        caches = [job.cache for job, _ in ready if job.cache is not None]
-        rows = self._cache.admit(caches)
+        self._batch_at_risk = True
         places: list[tuple[Block, int] | None] = [
             (self._block, r) if job is not None and self._block is not None else None
             for r, job in enumerate(self._rows)
         ]
+        rows = self._cache.admit([cache])
         places += [None] * (self._cache.rows - len(places))
         self._rows += [None] * (self._cache.rows - len(self._rows))
-        for (job, block), row in zip(ready, rows, strict=True):
-            self._rows[row], places[row], job.cache = job, (block, 0), None
+        open_rows = [(r, job) for r, job in enumerate(joining) if job is not None]
+        for (r, job), row in zip(open_rows, rows, strict=True):
+            self._rows[row], places[row] = job, (block, r)
         self._block = Block.of_rows(places, self._vocab_size)
         self._resample()
 
     def _round(self) -> list[TokenEvent]:
-        assert self._block is not None
+        self._make_room()
+        if self._block is None:
+            return []
+        self._batch_at_risk = True
         depths, verified, traces = self._plan(), self._block.depth, self._speculator.traces
-        context = self._context()
-        offered = self._block.offered
+        context, offered = self._context(), self._block.offered
         masks = self._masks(self._rows, self._block)
         self._depth.begin()
         result = self._speculator.run_round(self._cache, self._block, depths, self._sampler, masks)
+        self._rounds += 1
         self._block, events, outcomes = result.block, [], []
         for row, job in enumerate(self._rows):
             if job is None:
                 continue
-            job.stats.add_round(drafted=offered[row], accepted=result.counts[row] - 1)
+            accepted = result.counts[row] - 1
+            job.stats.add_round(drafted=offered[row], accepted=accepted)
             event = self._event(job, result, row)
             events.append(event)
             # A stop token that was drafted counts; what lies behind it doesn't.
-            counted = len(event.tokens) + (event.finish_reason == "stop")
-            outcomes.append(
-                RowOutcome(
-                    request=job.id,
-                    offered=min(offered[row], counted) if event.finish_reason else offered[row],
-                    accepted=min(result.counts[row] - 1, counted),
-                )
-            )
+            counted = len(event.tokens) + (event.finish_reason == "stop") if event.finish_reason else accepted + 1
+            tried = min(offered[row], counted)
+            kept = min(accepted, tried)
+            outcomes.append(RowOutcome(request=job.id, offered=tried, accepted=kept, tokens=event.tokens))
             if event.finish_reason is not None:
-                self._close(row)
+                self._end(job, self._cache, row)
+                self._rows[row] = None
         settled = self._speculator.traces == traces
-        drafted = result.block.depth
-        shape = RoundShape(rows=len(self._rows), verified=verified, drafted=drafted, context=context, settled=settled)
+        shape = RoundShape(
+            rows=len(self._rows), verified=verified, drafted=result.block.depth, context=context, settled=settled
+        )
         self._depth.observe(shape, outcomes)
         self._shrink()
+        self._batch_at_risk = False
         return events
+
+    def _make_room(self) -> None:
+        """Send the newest requests back to the queue until what the next round needs is within the budget."""
+        budget, started = self._admission.kv_budget, self._admission.started
+        while budget is not None and self._block is not None:
+            everyone = [*filter(None, self._rows), *started]
+            needed = self._cache.bytes_after(self._block.depth + 1) + self._admission.nbytes
+            if needed <= budget or len(everyone) == 1:
+                return
+            newest = max(everyone, key=lambda job: job.id)
+            self._preemptions += 1
+            self._withdraw(newest)
+            self._admission.add(newest)
+
+    def _withdraw(self, job: Job) -> None:
+        """Take a request's row, or its place in the queue: it can be queued again, and then goes on where it was."""
+        if job in self._admission.waiting:
+            self._admission.waiting.remove(job)
+        elif job in self._admission.started:
+            self._admission.started.remove(job)
+        else:
+            row = self._rows.index(job)
+            self._admission.keep(job, self._cache, row, self._cache.lengths[row])
+            self._cache.close_row(row)
+            self._rows[row] = None
+            self._shrink()
+        job.cache, job.tokens = None, as_tokens([*job.request.prompt, *job.output])
 
     def _plan(self) -> list[int]:
         """Drafts to draw for each row in the next round; 0 for free rows."""
@@ -216,17 +349,17 @@ class Scheduler:
             depths[row] = depth
         return depths
 
-    def _state(self, job: _Job) -> RowState:
+    def _state(self, job: Job) -> RowState:
         # The next round gives one token at least: drafts beyond the rest of what is asked for are of no use.
         left = job.request.max_tokens - job.stats.tokens - 1
         return RowState(request=job.id, cap=min(MAX_DEPTH, max(left - 1, 0)), fixed=job.request.depth)
 
     def _context(self) -> int:
         """Mean number of tokens that the living rows hold."""
-        lengths = [n for n, job in zip(self._cache.lengths, self._rows, strict=False) if job is not None]
+        lengths = self._lengths()
         return sum(lengths) // max(len(lengths), 1)
 
-    def _event(self, job: _Job, result: Round, row: int) -> TokenEvent:
+    def _event(self, job: Job, result: Round, row: int) -> TokenEvent:
         """What a row's new tokens mean for its request: cut at a stop token or at max_tokens."""
         count, request = result.counts[row], job.request
         tokens, drafted = result.tokens[row][:count], [True] * (count - 1) + [False]
@@ -236,10 +369,15 @@ class Scheduler:
             stop = next((i for i, t in enumerate(tokens[:kept]) if t in request.stop_ids), None)
             if stop is not None:
                 kept, reason = stop, "stop"
+        if job.error is not None:
+            kept, reason = 0, "error"
         job.stats.cut += count - kept
         job.output += tokens[:kept]
-        if job.constraint is not None:
-            job.constraint.advance(tokens[:kept])
+        if job.constraint is not None and job.error is None:
+            try:
+                job.constraint.advance(tokens[:kept])
+            except ConstraintError as error:
+                job.error, reason = str(error), "error"
         if reason is None and job.stats.tokens >= request.max_tokens:
             reason = "length"
         asked = request.sampling.logprobs
@@ -250,9 +388,10 @@ class Scheduler:
             drafted=tuple(drafted[:kept]),
             finish_reason=reason,
             logprobs=tuple(TokenLogprob(p.token, p.logprob, p.top[:asked]) for p in logprobs),
+            error=job.error,
         )
 
-    def _masks(self, jobs: Sequence[_Job | None], block: Block) -> Masks | None:
+    def _masks(self, jobs: Sequence[Job | None], block: Block) -> Masks | None:
         """What the rows' constraints allow at each position of a block; None if no row has one."""
         if all(job is None or job.constraint is None for job in jobs):
             return None
@@ -262,15 +401,32 @@ class Scheduler:
         def make() -> mx.array:
             masks = np.full((len(jobs), block.depth + 1, words), 0xFFFFFFFF, np.uint32)
             for row, job in enumerate(jobs):
-                if job is not None and job.constraint is not None:
+                if job is None or job.constraint is None or job.error is not None:
+                    continue
+                try:
                     masks[row, : offered[row] + 1] = job.constraint.masks(drafts[row][: offered[row]])
+                except ConstraintError as error:
+                    job.error = str(error)
             return mx.array(masks)
 
         return make
 
     def _close(self, row: int) -> None:
-        self._cache.close_row(row)
+        job = self._rows[row]
+        assert job is not None
+        self._end(job, self._cache, row)
         self._rows[row] = None
+
+    def _end(self, job: Job, cache: KVCache, row: int) -> None:
+        """Close a row; what it holds may serve others."""
+        known = len(job.request.prompt) + len(job.output)
+        self._admission.keep(job, cache, row, min(cache.lengths[row], known))
+        cache.close_row(row)
+        self._depth.forget(job.id)
+
+    def _lengths(self) -> list[int]:
+        """Tokens held by the running rows."""
+        return [n for n, job in zip(self._cache.lengths, self._rows, strict=False) if job is not None]
 
     def _shrink(self) -> None:
         kept = self._cache.compact()

@@ -18,7 +18,7 @@ import mlx.core as mx
 from .cache import KVCache
 from .request import TokenLogprob
 from .sampling import Proposal, Rows, Sampler, SamplerLayout, accept_greedy, greedy_choice, logprobs
-from .views import BlockView, CacheSpec, HeldView, KVView, Layout
+from .views import BlockView, CacheSpec, HeldView, KVView, Layout, PackedView
 
 T = TypeVar("T")
 Choose = Callable[[mx.array, "mx.array | None"], mx.array]
@@ -31,7 +31,7 @@ class TargetModel(Protocol):
     """What a round asks of a target; see `models.target.Target`."""
 
     def __call__(self, tokens: mx.array, view: KVView, *, last_only: bool = False) -> mx.array:
-        """Hidden states (R, L, hidden), after the final norm, of tokens (R, L)."""
+        """Hidden states (R, L, hidden), after the final norm, of tokens (R, L); `last_only`: of the view's last."""
 
     def unembed(self, hidden: mx.array) -> mx.array:
         """Logits (..., vocab) of hidden states (..., hidden)."""
@@ -132,29 +132,44 @@ class Speculator:
         self._functions: dict[tuple[str, _Key], Callable[..., Any]] = {}
 
     def prefill(self, cache: KVCache, tokens: Sequence[int]) -> mx.array:
-        """Append a chunk of prompt to a cache of one row; returns the hidden state (1, hidden) of its last token.
+        """Append a chunk of prompt to a cache of one row; returns the hidden state (1, hidden) of its last token."""
+        return self.prefill_together([(cache, tokens)])
 
-        It is evaluated before it returns: the next chunk's writes would otherwise copy buffers still being read.
+    def prefill_together(self, chunks: Sequence[tuple[KVCache, Sequence[int]]]) -> mx.array:
+        """Append to each cache (of one row) its chunk of prompt, all in one forward without padding.
+
+        Returns the hidden states (number of chunks, hidden) of their last tokens. All is evaluated before it
+        returns: the next chunk's writes would otherwise copy buffers still being read.
         """
-        cache.reserve(len(tokens))
-        view = cache.view(len(tokens), start=cache.lengths[0])
-        cache.arrays = []
-        hidden = self.target(mx.array([tokens], mx.int32), view, last_only=True)[:, -1]
-        cache.arrays = view.arrays_after(mx.array([len(tokens)], mx.int32))
-        cache.advance([len(tokens)])
-        mx.eval(hidden, *cache.arrays)
+        parts = []
+        for cache, tokens in chunks:
+            cache.reserve(len(tokens))
+            parts.append(cache.view(len(tokens), start=cache.lengths[0]))
+            cache.arrays = []
+        view: KVView = parts[0] if len(parts) == 1 else PackedView(parts)
+        everything = [token for _, tokens in chunks for token in tokens]
+        hidden = self.target(mx.array([everything], mx.int32), view, last_only=True)[0]
+        for (cache, tokens), part in zip(chunks, parts, strict=True):
+            cache.arrays = part.arrays_after(mx.array([len(tokens)], mx.int32))
+            cache.advance([len(tokens)])
+        mx.eval(hidden, *(cache.arrays for cache, _ in chunks))
         # Every chunk's scores have a new size: kept for reuse, they would pile up.
         mx.clear_cache()
         return hidden
 
     def first(
-        self, cache: KVCache, hidden: mx.array, depth: int, sampler: Sampler | None = None, masks: Masks | None = None
+        self,
+        cache: KVCache,
+        hidden: mx.array,
+        depths: Sequence[int],
+        sampler: Sampler | None = None,
+        masks: Masks | None = None,
     ) -> Round:
-        """The token after a prefill and the drafts behind it. hidden (R, hidden): of each row's last token held."""
-        key = _Key(self._depth(depth), cache.layout, None if sampler is None else sampler.layout)
+        """The token after a prefill and depths[r] drafts behind it. hidden (R, hidden): of the last token held."""
+        key = _Key(self._depth(max(depths)), cache.layout, None if sampler is None else sampler.layout)
         states = [] if sampler is None else sampler.arrays
         out = self._function("first", self._first, key)(hidden, states, [masks()] if masks else [], cache.arrays)
-        return self._finish(out, cache, sampler, (key.depth,) * cache.rows)
+        return self._finish(out, cache, sampler, tuple(min(d, key.depth) for d in depths))
 
     def draft(
         self, cache: KVCache, token: mx.array, hidden: mx.array, depth: int, *, position: int | None = None

@@ -5,11 +5,12 @@ It knows neither models nor MLX. Loading a tokenizer imports mlx-lm; importing t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from .generation_config import read_stop_ids
 
 PieceKind = Literal["answer", "thinking"]
 
@@ -136,12 +137,12 @@ class TextStream:
             flag = bool(drafted) and drafted[i]
             for p in self._parser.push(token, self._detokenizer.push(token)):
                 pieces.append(Piece(kind=p.kind, text=p.text, drafted=flag))
-        return _merged(pieces)
+        return merged(pieces)
 
     def flush(self) -> tuple[Piece, ...]:
         """What was held back: call it once, after the last token."""
         tail = self._detokenizer.flush()
-        return _merged([*(self._parser.push(-1, tail)), *self._parser.flush()])
+        return merged([*(self._parser.push(-1, tail)), *self._parser.flush()])
 
 
 class TextCodec:
@@ -160,7 +161,8 @@ class TextCodec:
         turn_close = self._id(_TURN_CLOSE)
         self.stop_ids = stop_ids or frozenset(tokenizer.eos_token_ids) | _present(turn_close)
         self._channel_open = self._id(_CHANNEL_OPEN)
-        self._channel_closes = _present(self._id(_CHANNEL_CLOSE), self._id(_TURN_OPEN), turn_close)
+        self._turn_open = self._id(_TURN_OPEN)
+        self._channel_closes = _present(self._id(_CHANNEL_CLOSE), self._turn_open, turn_close)
 
     @classmethod
     def from_directory(cls, path: Path) -> TextCodec | None:
@@ -218,6 +220,14 @@ class TextCodec:
             raise ValueError(f"the chat template refused the messages: {error}") from error
         return self._with_one_bos(ids)
 
+    def checkpoints(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """Lengths of a rendered prompt at which later ones may part from it: behind its first turn and before its last.
+
+        The last turn is the model's, just begun: what the template puts into it is not what it becomes as history.
+        """
+        turns = [i for i, token in enumerate(prompt) if token == self._turn_open]
+        return tuple(sorted({turns[1], turns[-1]})) if len(turns) > 1 else ()
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special tokens. Bytes that are no UTF-8 become U+FFFD."""
         detokenizer = self.detokenizer()
@@ -260,37 +270,6 @@ class TextCodec:
             if prompt[i] in self._channel_closes:
                 break
         return ()
-
-
-def read_stop_ids(path: Path) -> frozenset[int]:
-    """Ids that end an output, from generation_config.json, else config.json; empty when neither names any.
-
-    Raises ValueError, naming the file, when `eos_token_id` is neither an id, a list of ids nor null.
-    """
-    for name in ("generation_config.json", "config.json"):
-        file = path / name
-        if not file.is_file():
-            continue
-        config = _json_object(file)
-        text_config = config.get("text_config")
-        places = [config, text_config] if isinstance(text_config, dict) else [config]
-        for value in (place.get("eos_token_id") for place in places):
-            ids = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(type(i) is int and i >= 0 for i in ids):
-                raise ValueError(f"eos_token_id in {file} is {value!r}, expected an id or a list of ids")
-            if ids:
-                return frozenset(ids)
-    return frozenset()
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds {type(value).__name__}, expected a JSON object")
-    return value
 
 
 def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -340,14 +319,15 @@ def _piece(kind: PieceKind, text: str) -> list[Piece]:
     return [Piece(kind=kind, text=text)] if text else []
 
 
-def _merged(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
-    merged: list[Piece] = []
+def merged(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    """The same text in as few pieces as their kinds and flags allow."""
+    out: list[Piece] = []
     for p in pieces:
-        if merged and (merged[-1].kind, merged[-1].drafted) == (p.kind, p.drafted):
-            merged[-1] = Piece(kind=p.kind, text=merged[-1].text + p.text, drafted=p.drafted)
+        if out and (out[-1].kind, out[-1].drafted) == (p.kind, p.drafted):
+            out[-1] = Piece(kind=p.kind, text=out[-1].text + p.text, drafted=p.drafted)
         else:
-            merged.append(p)
-    return tuple(merged)
+            out.append(p)
+    return tuple(out)
 
 
 def _present(*ids: int | None) -> frozenset[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -121,10 +122,29 @@ class CacheArrays:
         return [self.lengths, self.alive, *self.rings, *(a for g in self.groups for a in g), *maps]
 
 
-class KVView:
-    """What one forward sees of the cache: positions, masks and places are made once and serve every layer.
+class KVView(Protocol):
+    """What one forward sees of the cache: its positions (R, L), and attention over a buffer of it."""
 
-    `positions` is (R, L). Subclasses say which keys a query sees; `attend` writes, if the layer does, and reads.
+    positions: mx.array
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Lengths of the runs of consecutive positions that L consists of."""
+
+    def last(self, x: mx.array, axis: int) -> mx.array:
+        """The entries of x, which has L of them along `axis`, that belong to the end of each run."""
+
+    def attend(self, slot: int, q: mx.array, kv: tuple[mx.array, mx.array] | None = None) -> mx.array:
+        """Attention of q (R, H, L, D) over K/V buffer `slot`, after writing kv (R, G, L, D) each, if given.
+
+        q may also be `last` of all queries: then only these are answered.
+        """
+
+
+class _RowsView:
+    """A view of the rows of one cache: positions, masks and places are made once and serve every layer.
+
+    Subclasses say which keys a query sees.
     """
 
     positions: mx.array
@@ -140,8 +160,17 @@ class KVView:
         """Tokens held by each row, (R,)."""
         return self._a.lengths
 
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """See `KVView`: one run in each row."""
+        return (self.positions.shape[1],)
+
+    def last(self, x: mx.array, axis: int) -> mx.array:
+        """See `KVView`."""
+        return mx.take(x, mx.array([x.shape[axis] - 1]), axis=axis)
+
     def attend(self, slot: int, q: mx.array, kv: tuple[mx.array, mx.array] | None = None) -> mx.array:
-        """Attention of q (R, H, L, D) over K/V buffer `slot`, after writing kv (R, G, L, D) each, if given."""
+        """See `KVView`."""
         if slot in self._ring_order:
             return self._attend_ring(self._ring_order[slot], self.spec.slots[slot], q, kv)
         return self._attend_full(self._full_order[slot], self.spec.slots[slot], q, kv)
@@ -183,7 +212,7 @@ class KVView:
         raise NotImplementedError
 
 
-class BlockView(KVView):
+class BlockView(_RowsView):
     """The next `block` tokens of every row: written at its length, each seeing itself and what came before.
 
     `start`, where known, is the common length of all rows: then only keys that exist are read (a prefill chunk, not
@@ -273,7 +302,7 @@ class BlockView(KVView):
         return attention(q, keys, values, mask[:, :, -q.shape[2] :])
 
 
-class HeldView(KVView):
+class HeldView(_RowsView):
     """What a drafter reads: the keys held, nothing written, one query per row at a constant position.
 
     Layers with a window see the last `window` keys held, whatever position is passed. Default: length - 1.
@@ -312,3 +341,32 @@ class HeldView(KVView):
             capacity = group[2 * i].shape[2]
             self._group_masks[g] = mx.arange(capacity)[None, None, None, :] <= last[:, None, None, None]
         return attention(q, group[2 * i], group[2 * i + 1], self._group_masks[g])
+
+
+class PackedView:
+    """Chunks of several prompts in one forward, one behind the other, (1, sum of their lengths): no token is padding.
+
+    Each part is the view of a cache of one row. What isn't attention is computed for all tokens together.
+    """
+
+    def __init__(self, parts: Sequence[BlockView]) -> None:
+        self.parts = parts
+        self.runs = tuple(p.block for p in parts)
+        self.positions = mx.concatenate([p.positions for p in parts], axis=1)
+        self._ends = [sum(self.runs[: i + 1]) for i in range(len(parts))]
+
+    def last(self, x: mx.array, axis: int) -> mx.array:
+        """See `KVView`."""
+        return mx.take(x, mx.array([end - 1 for end in self._ends]), axis=axis)
+
+    def attend(self, slot: int, q: mx.array, kv: tuple[mx.array, mx.array] | None = None) -> mx.array:
+        """See `KVView`."""
+        queries = self._split(q)
+        pairs = [None] * len(self.parts) if kv is None else list(zip(*map(self._split, kv), strict=True))
+        outputs = [p.attend(slot, x, pair) for p, x, pair in zip(self.parts, queries, pairs, strict=True)]
+        return mx.concatenate(outputs, axis=2)
+
+    def _split(self, x: mx.array) -> list[mx.array]:
+        """x (1, H, L, D) part by part; where L is one for each part, it is `last` of something."""
+        ends = self._ends if x.shape[2] == self._ends[-1] else list(range(1, len(self.parts) + 1))
+        return list(mx.split(x, ends[:-1], axis=2))

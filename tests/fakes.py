@@ -61,7 +61,7 @@ class FakeTarget:
         recent = _read(view, 0, tokens.shape, kv, mx.minimum(seen, WINDOW))
         total = _read(view, 1, tokens.shape, kv, seen)
         hidden = mx.stack([total, recent, view.positions], axis=-1)
-        return hidden[:, -1:] if last_only else hidden
+        return view.last(hidden, 1) if last_only else hidden
 
     def unembed(self, hidden: mx.array) -> mx.array:
         chosen = _next_array(hidden[..., 0], hidden[..., 1], hidden[..., 2])

@@ -122,9 +122,7 @@ class World:
             settled = shape in seen or not self.trace
             seen.add(shape)
             device = max(device, clock.now) + seconds
-            told = RoundShape(
-                rows=self.rows, verified=block, drafted=depth, context=self._context(t), settled=settled
-            )
+            told = RoundShape(rows=self.rows, verified=block, drafted=depth, context=self._context(t), settled=settled)
             waiting.append((device, told, outcomes))
             if len(waiting) > self.lag:
                 _deliver(waiting, policy, clock)
@@ -144,9 +142,7 @@ class World:
         return replace(self, rates=lambda row, t: self.rates(row, t + first), rounds=self.rounds - first)
 
 
-def _deliver(
-    waiting: deque[tuple[float, RoundShape, list[RowOutcome]]], policy: DepthPolicy, clock: Clock
-) -> None:
+def _deliver(waiting: deque[tuple[float, RoundShape, list[RowOutcome]]], policy: DepthPolicy, clock: Clock) -> None:
     done, shape, outcomes = waiting.popleft()
     clock.now = max(clock.now, done)
     policy.observe(shape, outcomes)

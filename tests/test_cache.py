@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.cache import KVCache, capacity_step, row_bucket
+from mlx_gemma_mtp.cache import KVCache, capacity_step, planned_bytes, row_bucket
 from mlx_gemma_mtp.config import KVSlotSpec
 from mlx_gemma_mtp.speculative import Block
 from mlx_gemma_mtp.views import CacheSpec
@@ -87,14 +87,74 @@ def test_compact_keeps_the_living_rows_in_order() -> None:
     assert (cache.rows, cache.nbytes) == (0, 0)
 
 
-def test_closing_a_row_twice_or_admitting_a_batch_is_an_error() -> None:
+def test_closing_a_row_twice_or_admitting_another_kind_is_an_error() -> None:
     cache = KVCache(SPEC)
     cache.admit([_filled(5), _filled(6)])
     cache.close_row(1)
     with pytest.raises(ValueError, match="row 1"):
         cache.close_row(1)
-    with pytest.raises(ValueError, match="one row"):
-        KVCache(SPEC).admit([cache])
+    with pytest.raises(ValueError, match="same spec"):
+        KVCache(_WIDE).admit([cache])
+
+
+def test_a_batch_is_admitted_with_its_open_rows() -> None:
+    batch, cache = KVCache(SPEC), KVCache(SPEC)
+    batch.admit([_filled(n) for n in (5, 6, 700)])
+    batch.close_row(1)
+    cache.admit([_filled(9)])
+    assert cache.admit([batch]) == [1, 2]
+    assert cache.lengths[:3] == [9, 5, 700]
+    assert batch.rows == 0
+
+
+@given(lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=9))
+def test_planned_bytes_are_the_bytes_that_are_allocated(lengths: list[int]) -> None:
+    cache = KVCache(SPEC)
+    rows = []
+    for n in lengths:
+        rows.append(KVCache.with_row(SPEC, n))
+        rows[-1].advance([n])
+    cache.admit(rows)
+    assert cache.nbytes == planned_bytes(SPEC, lengths)
+
+
+def test_what_was_held_goes_on_from_any_length_that_its_rings_reach_back_to() -> None:
+    prompt, speculator = [(7 * i) % 11 for i in range(60)], fake_speculator()
+    cache = KVCache.with_row(SPEC, 60)
+    for start in range(0, 60, 20):
+        speculator.prefill(cache, prompt[start : start + 20])
+    held = cache.hold(0, 60)
+    reachable = [n for n in range(1, 61) if held.reaches_back_to(n, SPEC)]
+    # The last 32 positions are known, and a row sees WINDOW of them.
+    assert reachable == list(range(60 - 32 + WINDOW, 61))
+    for n in reachable:
+        again = KVCache.from_held(SPEC, held, n, 60)
+        hidden = speculator.prefill(again, [*prompt[n:], 3])
+        assert hidden.tolist() == [[sum(prompt) + 3, sum(prompt[60 - WINDOW + 1 :]) + 3, 60]]
+    for n in (28, 61):
+        with pytest.raises(ValueError, match=f"at 60 tokens can't be reused at {n}"):
+            KVCache.from_held(SPEC, held, n, 60)
+    assert cache.hold(0, 60, rings_only=True).full == ()
+    with pytest.raises(ValueError, match="doesn't hold 61"):
+        cache.hold(0, 61)
+
+
+@settings(max_examples=30, deadline=None)
+@given(chunks=st.lists(st.lists(st.integers(0, 45), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_prompts_prefilled_together_hold_what_they_hold_alone(chunks: list[list[int]]) -> None:
+    speculator, counter = fake_speculator(), iter(range(10_000))
+    caches, seen = [KVCache.with_row(SPEC, 200) for _ in range(3)], [[0] * 0 for _ in range(3)]
+    for sizes in chunks:
+        new = [[next(counter) % 11 for _ in range(n)] for n in sizes]
+        pieces = [(c, t) for c, t in zip(caches, new, strict=True) if t]
+        if not pieces:
+            continue
+        hidden: list[list[int]] = speculator.prefill_together(pieces).tolist()  # type: ignore[assignment]
+        for i, tokens in enumerate(new):
+            seen[i] += tokens
+        grown = [s for s, t in zip(seen, new, strict=True) if t]
+        assert hidden == [[sum(s), sum(s[-WINDOW:]), len(s) - 1] for s in grown]
+        assert [c.lengths[0] for c in caches] == [len(s) for s in seen]
 
 
 @settings(max_examples=25, deadline=None)

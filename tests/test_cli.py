@@ -76,6 +76,10 @@ class Fake:
         return self
 
     @property
+    def generation_defaults(self) -> SamplingParams:
+        return SamplingParams(temperature=1.0, top_k=64, top_p=0.95)
+
+    @property
     def stats(self) -> SpecStats:
         stats = SpecStats(prefills=1)
         stats.add_round(drafted=2, accepted=1)
@@ -104,6 +108,7 @@ class Fake:
             text=said["answer"] if self.text else "",
             thinking=said["thinking"] or None,
             finish_reason="length",
+            stop=None,
             contract="exact",
             stats=self.stats,
             timing=Clock(),
@@ -185,14 +190,23 @@ class TestGenerate:
 
     def test_options_reach_the_runtime(self, run: Run, fake: Fake) -> None:
         model = ["--model", "m", "--drafter", "none", "--revision", "r", "--dtype", "float32"]
-        sampled = ["--temperature", "0.7", "--top-k", "20", "--seed", "5"]
+        sampled = ["--temperature", "0.7", "--top-k", "20", "--seed", "5", "--stop", "\n\n", "--stop", "END"]
         run("generate", "-p", "hi", *model, "-n", "8", "--depth", "4", "--ignore-eos", *sampled)
         assert fake.loads[0] == {
             "path": "m", "drafter": None, "revision": "r", "dtype": "float32", "progress": None
         }  # fmt: skip
         sampling = SamplingParams(temperature=0.7, top_k=20, seed=5)
-        expected = {"max_tokens": 8, "depth": 4, "ignore_eos": True, "sampling": sampling}
+        expected = {"max_tokens": 8, "depth": 4, "ignore_eos": True, "sampling": sampling, "stop": ("\n\n", "END")}
         assert fake.calls == [([104, 105], expected)]
+
+    def test_options_go_before_the_models_own_sampling(self, run: Run, fake: Fake) -> None:
+        run("generate", "hi", "--model-sampling", "--top-p", "0.5")
+        assert fake.calls[0][1]["sampling"] == SamplingParams(temperature=1.0, top_k=64, top_p=0.5)
+
+    def test_an_empty_stop_string_is_refused(self, run: Run) -> None:
+        result = run("generate", "hi", "--stop", "")
+        assert result.exit_code == 2
+        assert "--stop" in result.stderr
 
     def test_the_demo_pair_says_what_it_is(self, run: Run, fake: Fake) -> None:
         result = run("generate", "hi")
@@ -250,6 +264,7 @@ class TestJson:
             "text": "Paris.",
             "thinking": "Hm",
             "finish_reason": "length",
+            "stop": None,
             "contract": "exact",
             "stats": fake.stats.to_dict(),
             "timing": Clock().to_dict(),

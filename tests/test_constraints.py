@@ -18,7 +18,6 @@ from jsonschema import Draft202012Validator
 
 from mlx_gemma_mtp.constraints import (
     Both,
-    ConstraintError,
     Grammars,
     JsonSchema,
     Lark,
@@ -29,7 +28,7 @@ from mlx_gemma_mtp.constraints import (
     ThinkingBudget,
 )
 from mlx_gemma_mtp.loading import load_pair
-from mlx_gemma_mtp.request import Request, SamplingParams
+from mlx_gemma_mtp.request import ConstraintError, Request, SamplingParams
 from mlx_gemma_mtp.runtime import Runtime
 from mlx_gemma_mtp.text import TextCodec
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp import Request, Runtime, SamplingParams
+from mlx_gemma_mtp import Request, Runtime, SamplingParams, load
 from mlx_gemma_mtp.depth import FixedDepth
 from mlx_gemma_mtp.loading import load_pair
 from mlx_gemma_mtp.scheduler import Scheduler
@@ -190,3 +190,30 @@ def test_draft_and_logits_refuse_bad_tokens(pairs: dict[str, Runtime]) -> None:
             call([])
         with pytest.raises(ValueError, match=f"id {VOCAB}"):
             call([1, VOCAB])
+
+
+def test_the_next_turn_of_a_chat_reuses_what_the_last_one_computed() -> None:
+    rt = load("demo")
+    turns: list[dict[str, str]] = [{"role": "user", "content": "Tell me a short story about a fox."}]
+    cold = rt.generate(turns, max_tokens=40)
+    assert cold.timing.reused_tokens == 0
+    rt.keep_prefixes(1 << 24)
+    assert rt.generate(turns, max_tokens=40).tokens == cold.tokens
+    turns += [{"role": "assistant", "content": cold.text}, {"role": "user", "content": "And one about a bear."}]
+    warm = rt.generate(turns, max_tokens=40)
+    assert warm.timing.reused_tokens > 20
+    rt.keep_prefixes(0)
+    assert rt.prefixes.nbytes == 0
+    again = rt.generate(turns, max_tokens=40)
+    assert again.timing.reused_tokens == 0
+    assert again.tokens == warm.tokens
+
+
+def test_dropping_a_stream_leaves_its_prefix() -> None:
+    rt = load("demo")
+    rt.keep_prefixes(1 << 24)
+    stream = rt.stream("Tell me a short story about a fox.", max_tokens=60)
+    next(stream)
+    del stream
+    assert rt.prefixes.nbytes > 0
+    assert rt.default_kv_budget() > rt.default_kv_budget(prefix_cache=1000) > 0

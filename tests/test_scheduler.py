@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp import Request, SamplingParams, SpecStats
+from mlx_gemma_mtp import Request, SamplingParams, SpecStats, cache
 from mlx_gemma_mtp.adaptive import parse_depth
+from mlx_gemma_mtp.cache import planned_bytes
 from mlx_gemma_mtp.depth import FixedDepth
 from mlx_gemma_mtp.scheduler import Scheduler
 
-from .fakes import VOCAB, expected, fake_speculator
+from .fakes import SPEC, VOCAB, expected, fake_speculator
 
 
-def _scheduler(**options: int) -> Scheduler:
+def _scheduler(**options: Any) -> Scheduler:
     speculator = fake_speculator(drafter=options.pop("drafter", 1) > 0, compiled=options.pop("compiled", 0) > 0)
     settings: dict[str, Any] = {"vocab_size": VOCAB, "max_positions": 100_000, **options}
     return Scheduler(speculator, depth=FixedDepth(settings.pop("depth", 3)), **settings)
@@ -55,9 +57,18 @@ def test_one_request_gets_the_targets_tokens_at_every_depth(depth: int, length: 
 
 requests = st.fixed_dictionaries(
     {
-        "prompt": st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=60),
+        "prompt": st.one_of(
+            st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=60),
+            # Prompts that begin alike, part in the middle, and are cut at many lengths.
+            st.builds(
+                lambda cut, tail: [*[(i * i) % VOCAB for i in range(cut)], *tail],
+                st.integers(15, 70),
+                st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6),
+            ),
+        ),
         "max_tokens": st.integers(1, 40),
         "depth": st.one_of(st.none(), st.integers(0, 8)),
+        "checkpoints": st.lists(st.integers(0, 60), max_size=2),
     }
 )
 
@@ -72,14 +83,24 @@ requests = st.fixed_dictionaries(
             "chunk": st.integers(1, 32),
             "prefill_budget": st.integers(1, 64),
             "depth": st.integers(0, 8),
+            "rows_that_fit": st.sampled_from([None, 1, 1.3, 2, 2.5]),
+            "prefix_cache": st.sampled_from([0, 700, 2000, 100_000]),
         }
     ),
+    step=st.sampled_from([16, 512]),
     data=st.data(),
 )
 def test_any_interleaving_gives_each_request_the_tokens_it_gets_alone(
-    asked: list[dict[str, object]], order: list[str], options: dict[str, int], data: st.DataObject
+    asked: list[dict[str, object]], order: list[str], options: dict[str, Any], step: int, data: st.DataObject
 ) -> None:
-    scheduler = _scheduler(**options)
+    with patch.object(cache, "_STEP", step):
+        _interleave(asked, order, options, data)
+
+
+def _interleave(asked: list[dict[str, object]], order: list[str], options: dict[str, Any], data: st.DataObject) -> None:
+    fit = options.pop("rows_that_fit")
+    # The longest request there is has 76 + 40 tokens.
+    scheduler = _scheduler(**options, kv_budget=None if fit is None else int(fit * planned_bytes(SPEC, [116])))
     got: dict[int, list[int]] = {}
     reasons: dict[int, str | None] = {}
     wanted: dict[int, Request] = {}
@@ -97,6 +118,9 @@ def test_any_interleaving_gives_each_request_the_tokens_it_gets_alone(
             add()
         elif action == "step":
             _collect(scheduler, got, reasons)
+            now = scheduler.stats()
+            assert now.prefix_bytes <= options["prefix_cache"]
+            assert now.kv_budget is None or now.running + now.waiting < 2 or now.kv_bytes <= now.kv_budget
         elif action == "cancel" and (open_ := [n for n in wanted if n not in reasons and n not in cancelled]):
             number = data.draw(st.sampled_from(open_))
             assert scheduler.cancel(number)
@@ -203,16 +227,16 @@ def test_a_shape_in_use_is_traced_once_per_capacity_step() -> None:
     for n in (5, 9, 30, 100):
         scheduler.add(Request(prompt=[1] * n, max_tokens=390))
     _drain(scheduler, {}, {})
-    # Row counts 4, 3, 2, 1 in one capacity step, and the drafts behind a prefill.
+    assert speculator.traces <= 6, "row counts 4, 3, 2, 1, a last round without drafts, the drafts behind a prefill"
+    for i in range(4):
+        for n in (7, 11, 60, 90):
+            scheduler.add(Request(prompt=[2 + i] * n, max_tokens=390))
+        _drain(scheduler, {}, {})
     seen = speculator.traces
-    assert seen <= 5
-    for n in (7, 11, 60, 90):
-        scheduler.add(Request(prompt=[2] * n, max_tokens=390))
-    _drain(scheduler, {}, {})
-    assert speculator.traces == seen, "other lengths and contents built a round again"
+    assert seen <= 10, "other lengths and contents built a round again: only last rounds differ in how many rows end"
     scheduler.add(Request(prompt=[2] * 480, max_tokens=500))
     _drain(scheduler, {}, {})
-    assert speculator.traces <= seen + 2, "one step of capacity costs one more trace of the round"
+    assert speculator.traces <= seen + 3, "one step of capacity costs one more trace of each round"
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,10 @@ def test_ratios_without_rounds() -> None:
 
 def test_the_report() -> None:
     stats = counted([(3, 3), (3, 1), (2, 0)], prefills=1, cut=1)
+    stats.contracts = {"exact": 1}
     assert json.loads(json.dumps(stats.to_dict())) == {
+        "contract": "exact",
+        "requests": {"exact": 1},
         "tokens": 7,
         "rounds": 3,
         "drafted": 8,
@@ -99,6 +102,16 @@ def test_the_report() -> None:
         "accepted_per_round": 1.3333,
         "tokens_per_forward": 2.0,
     }
+
+
+def test_contracts_are_counted() -> None:
+    one, other = SpecStats(contracts={"exact": 1}), SpecStats(contracts={"distribution": 1})
+    total = SpecStats.total([one, other, one])
+    assert (one.contract, other.contract, total.contract, SpecStats().contract) == (
+        "exact", "distribution", "mixed", None
+    )  # fmt: skip
+    assert total.to_dict()["requests"] == {"exact": 2, "distribution": 1}
+    assert one.contracts == {"exact": 1}
 
 
 @UNHURRIED

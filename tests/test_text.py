@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.text import Piece, TextCodec, read_stop_ids
+from mlx_gemma_mtp.text import Piece, TextCodec
 
 SPECIAL = [
     *("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|tool_response>", "<|think|>"),
@@ -263,43 +263,6 @@ class TestDirectory:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="custom code"):
             TextCodec.from_directory(tmp_path)
-
-    @pytest.mark.parametrize(
-        ("generation", "config", "expected"),
-        [
-            ({"eos_token_id": [1, 9, 5]}, {"eos_token_id": 1}, {1, 9, 5}),
-            ({"eos_token_id": 7}, None, {7}),
-            ({}, {"eos_token_id": [1, 9]}, {1, 9}),
-            (None, {"eos_token_id": None, "text_config": {"eos_token_id": 1}}, {1}),
-            (None, {}, set()),
-            (None, None, set()),
-        ],
-    )
-    def test_stop_ids(
-        self,
-        tmp_path: Path,
-        generation: dict[str, Any] | None,
-        config: dict[str, Any] | None,
-        expected: set[int],
-    ) -> None:
-        for name, value in (("generation_config.json", generation), ("config.json", config)):
-            if value is not None:
-                (tmp_path / name).write_text(json.dumps(value))
-        assert read_stop_ids(tmp_path) == expected
-
-    @pytest.mark.parametrize("value", ["1", True, -1, [1, "2"], {"id": 1}])
-    def test_stop_ids_that_are_no_ids(self, tmp_path: Path, value: object) -> None:
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
-        with pytest.raises(ValueError, match=r"eos_token_id in .*generation_config\.json"):
-            read_stop_ids(tmp_path)
-
-    def test_a_broken_config_is_named(self, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text("{")
-        with pytest.raises(ValueError, match=r"config\.json is not JSON"):
-            read_stop_ids(tmp_path)
-        (tmp_path / "config.json").write_text("[]")
-        with pytest.raises(ValueError, match=r"config\.json holds list"):
-            read_stop_ids(tmp_path)
 
     def test_without_configs_the_tokenizer_names_the_stops(self, codec: TextCodec) -> None:
         assert codec.stop_ids == {SPECIAL.index("<eos>"), TURN_END}

@@ -22,12 +22,21 @@ class Rotary:
         self._frequencies = mx.array(angles, mx.float32)
         self._periods = mx.array([1 / a if a else float("inf") for a in angles], mx.float32)
 
-    def at(self, positions: mx.array) -> Callable[[mx.array], mx.array]:
-        """A function that turns x (R, H, L, D) to the consecutive `positions` (R, L) of each row."""
+    def at(self, positions: mx.array, runs: Sequence[int] = ()) -> Callable[[mx.array], mx.array]:
+        """A function that turns x (R, H, L, D) to `positions` (R, L), consecutive within `runs` of L (none: in all)."""
         if fused_kernels():
-            return partial(self._fused, positions[:, 0])
+            runs = runs or [positions.shape[1]]
+            ends = [sum(runs[: i + 1]) for i in range(len(runs))]
+            offsets = [positions[:, end - run] for run, end in zip(runs, ends, strict=True)]
+            return partial(self._fused_runs, ends[:-1], offsets)
         angles = positions[:, None, :, None].astype(mx.float32) * self._frequencies
         return partial(self._formula, mx.cos(angles), mx.sin(angles))
+
+    def _fused_runs(self, ends: Sequence[int], offsets: Sequence[mx.array], x: mx.array) -> mx.array:
+        if not ends:
+            return self._fused(offsets[0], x)
+        parts = mx.split(x, ends, axis=2)
+        return mx.concatenate([self._fused(o, part) for o, part in zip(offsets, parts, strict=True)], axis=2)
 
     def _fused(self, offset: mx.array, x: mx.array) -> mx.array:
         return mx.fast.rope(
@@ -45,9 +54,9 @@ class Rotaries:
     def __init__(self, layers: Sequence[LayerSpec]) -> None:
         self._all = {layer.rope: Rotary(layer.rope) for layer in layers}
 
-    def at(self, positions: mx.array) -> dict[RopeSpec, Callable[[mx.array], mx.array]]:
-        """For consecutive positions (R, L): the function to apply, by spec."""
-        return {spec: rotary.at(positions) for spec, rotary in self._all.items()}
+    def at(self, positions: mx.array, runs: Sequence[int] = ()) -> dict[RopeSpec, Callable[[mx.array], mx.array]]:
+        """The function to apply, by spec; see `Rotary.at`."""
+        return {spec: rotary.at(positions, runs) for spec, rotary in self._all.items()}
 
 
 class Layer:
@@ -105,14 +114,14 @@ class Layer:
     ) -> mx.array:
         """x (R, L, hidden) at the view's positions, per_layer_input (R, L, P); returns (R, L, hidden).
 
-        With `last_ropes`, those of the last position alone, only that position's output is computed, (R, 1, hidden),
-        from its own per_layer_input (R, 1, P); the K/V of all positions are written all the same.
+        With `last_ropes`, those of the view's last positions, only their outputs are computed, (R, runs, hidden),
+        from their own per_layer_input (R, runs, P); the K/V of all positions are written all the same.
         """
         before_attention, after_attention, before_mlp, after_mlp = self.norms
         rope, last = self.spec.rope, last_ropes is not None
         query_rope = ropes[rope] if last_ropes is None else last_ropes[rope]
         attended = self._attend(rms_norm(x, before_attention, self.eps), view, ropes[rope], query_rope, last)
-        x = (x[:, -1:] if last else x) + rms_norm(attended, after_attention, self.eps)
+        x = (view.last(x, 1) if last else x) + rms_norm(attended, after_attention, self.eps)
         gate, up = self.gate_up(rms_norm(x, before_mlp, self.eps))
         y = self.down(gelu_gate(gate, up))
         if self.experts:
@@ -132,7 +141,7 @@ class Layer:
         last: bool,
     ) -> mx.array:
         q, *kv = (self._heads(y) for y in self.qkv(x))
-        q = query_rope(rms_norm(q[:, :, -1:] if last else q, self.q_norm, self.eps))
+        q = query_rope(rms_norm(view.last(q, 2) if last else q, self.q_norm, self.eps))
         pair = None
         if self.k_norm is not None:
             # Where keys and values share a projection (k_eq_v) they still differ: only keys are scaled and turned.

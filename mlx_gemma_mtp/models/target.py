@@ -45,15 +45,15 @@ class Target:
     def __call__(self, tokens: mx.array, view: KVView, *, last_only: bool = False) -> mx.array:
         """Hidden states after the final norm, (R, L, hidden), of tokens (R, L) at the view's positions.
 
-        With `last_only`, just the last position's (R, 1, hidden): the K/V of all are written all the same.
+        With `last_only`, just the view's last positions' (R, runs, hidden): the K/V of all are written all the same.
         """
         x = self.embed(tokens)
         inputs = self.per_layer(tokens, x) if self.per_layer else None
-        ropes, last_ropes = self._ropes.at(view.positions), None
+        ropes, last_ropes = self._ropes.at(view.positions, view.runs), None
         for i, layer in enumerate(self.layers):
             if last_only and i == self._last_writer:
-                last_ropes = self._ropes.at(view.positions[:, -1:])
-                inputs = None if inputs is None else inputs[:, -1:]
+                last_ropes = self._ropes.at(view.last(view.positions, 1), [1] * len(view.runs))
+                inputs = None if inputs is None else view.last(inputs, 1)
             x = layer(x, view, ropes, None if inputs is None else inputs[:, :, i], last_ropes)
             if last_ropes is not None:
                 ropes, last_ropes = last_ropes, None
