@@ -18,6 +18,7 @@ _START = 4.0  # what the other requests' rate is worth to a new one, in own samp
 _OWN, _ALL = 40.0, 160.0  # samples that a rate remembers
 _STALE = 2.0  # what an old rate is still worth
 _NEIGHBOUR = 6.0  # samples below which a position's rate leans on the one before
+_MOVED = 0.5  # what a rate is worth that had to follow another
 _LATEST = 8.0  # samples that can belie a rate
 _JUMP = 3.0  # standard errors by which they then differ
 _OTHERS = 0.2  # standard deviation between requests
@@ -34,11 +35,11 @@ _FORGET = 0.98  # per round in which a position wasn't reached
 class Rate:
     """A running mean of accepted or not. `weight`: samples that it stands for; it fades where none come."""
 
-    __slots__ = ("_fast", "_memory", "_stamp", "_weight", "mean")
+    __slots__ = ("_fast", "_jumps", "_memory", "_stamp", "_weight", "mean")
 
     def __init__(self, mean: float, weight: float, memory: float, now: int) -> None:
         self.mean, self._weight, self._memory, self._stamp = mean, weight, memory, now
-        self._fast = mean
+        self._fast, self._jumps = mean, memory < _ALL
 
     def weight(self, now: int) -> float:
         """At round `now`."""
@@ -54,7 +55,11 @@ class Rate:
         self.mean += (accepted - self.mean) / self._weight
         self._fast += (accepted - self._fast) / _LATEST
         jump = self._fast - self.mean
-        if self._weight < 2.0 * _LATEST or abs(jump) < _JUMP * self.spread() / math.sqrt(2.0 * _LATEST):
+        if (
+            not self._jumps
+            or self._weight < 2.0 * _LATEST
+            or abs(jump) < _JUMP * self.spread() / math.sqrt(2.0 * _LATEST)
+        ):
             return 0.0
         self.mean, self._weight = self._fast, _LATEST
         return jump
@@ -62,7 +67,7 @@ class Rate:
     def shift(self, by: float) -> None:
         """Move the mean, and trust it less."""
         self.mean = self._fast = min(max(self.mean + by, _LOWEST), _HIGHEST)
-        self._weight = _STALE
+        self._weight = _MOVED
 
     def spread(self) -> float:
         """The standard deviation of one draft."""
@@ -97,9 +102,9 @@ class AcceptanceModel:
         own = [] if request is None else self._own.setdefault(request, [])
         for i in range(min(offered, accepted + 1, POSITIONS)):
             if i == len(own):
-                own.append(Rate(self._guess(own, i), _START, _OWN, self._now))
+                own.append(Rate(self._guess([r.mean for r in own], i), _START, _OWN, self._now))
             if i == len(self._all):
-                self._all.append(Rate(self._guess(own, i), 1.0, _ALL, self._now))
+                self._all.append(Rate(own[i].mean, 1.0, _ALL, self._now))
             jump = own[i].add(i < accepted, self._now)
             for rate in own[i + 1 :] if jump else ():
                 rate.shift(jump)
@@ -121,7 +126,7 @@ class AcceptanceModel:
         if request not in self._known:
             known: list[float] = []
             for i in range(POSITIONS):
-                mean = own[i].mean if i < len(own) else self._guess(own, i)
+                mean = own[i].mean if i < len(own) else self._guess(known[: len(own)], i)
                 if 0 < i < len(own) and (weight := own[i].weight(self._now)) < _NEIGHBOUR:
                     mean = (weight * mean + (_NEIGHBOUR - weight) * known[-1]) / _NEIGHBOUR
                 known.append(min(max(mean, _LOWEST), _HIGHEST))
@@ -152,13 +157,13 @@ class AcceptanceModel:
     def _drift(self, i: int) -> float:
         return min(_DRIFT * math.sqrt(self._now - self._reached[i]), _MOST_DRIFT)
 
-    def _guess(self, own: Sequence[Rate], i: int) -> float:
+    def _guess(self, own: Sequence[float], i: int) -> float:
         """Of a position that the request hasn't reached: all requests' rate, moved as far as its last one lies off."""
         known = self._all
         everyone = known[min(i, len(known) - 1)].mean if known else _FIRST
         if own and known:
             last = min(len(own), i) - 1
-            everyone += own[last].mean - known[min(last, len(known) - 1)].mean
+            everyone += own[last] - known[min(last, len(known) - 1)].mean
         return min(max(everyone, _LOWEST), _HIGHEST)
 
 

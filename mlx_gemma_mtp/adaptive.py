@@ -16,11 +16,14 @@ from .acceptance import AcceptanceModel, Predictability, committed
 from .costs import DEEPEST, CostModel, Table
 from .depth import DepthChoice, FixedDepth, RoundShape, RowOutcome, RowState
 
-_GAIN = 1.02  # how much better another depth has to be
+_GAIN = 1.02  # how much better another depth has to be,
+_GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.03, 1.005  # than plain decoding, and plain decoding than it
+_PLAIN_AGAIN = 64  # rounds of drafting after which plain decoding is measured again, times the square of the gain
 _OPTIMISM = 1.2  # standard errors
 _SHARE = 0.006  # of the time spent, for trying other depths
 _FIRST_SHARE, _FIRST_ROUNDS = 0.03, 300  # and of the first rounds
-_CREDIT = 32  # rounds over which a depth that should be better pays for being tried
+_CREDIT = 20  # rounds over which a depth that should be better pays for being tried
+_BONUS = 4.0  # plain rounds' worth of it when a text has changed
 _SAVINGS = 12.0  # plain rounds' worth that can be put by
 _HORIZON = 64  # rounds over which a new shape's compilation has to pay
 _TRIAL = 3  # rounds at a depth never measured, besides those that compile
@@ -42,7 +45,7 @@ class _Place:
 
     def renew(self, longest: int) -> None:
         """What was tried in vain may be worth trying again: after `longest` rounds at most."""
-        for k in range(DEEPEST + 1):
+        for k in range(1, DEEPEST + 1):
             self.wait[k] = min(self.wait[k], longest)
             self.due[k] = min(self.due[k], self.rounds + longest)
 
@@ -152,20 +155,24 @@ class AdaptiveDepth:
         most = max(r.cap for r in rows if r.fixed is None)
         view = _View.of(rows, table, self._acceptance, self._costs.level, least)
         place = self._place(table, view)
-        if news or self._predictability.changed():
+        changed = self._predictability.changed()
+        if news or changed:
             place.renew(_WAIT)
             self._acceptance.doubt()
+        if changed:
+            self._memory.purse += _BONUS * view.seconds[0]
         if (running := self._ongoing(table, most)) is not None:
             return running
         best = max((k for k in range(least, DEEPEST + 1) if table.known(k) or k == least), key=view.rates.__getitem__)
         current = max(place.depth, least)
         better = view.rates[best] / view.rates[current] if table.known(current) else _GAIN + 1.0
         horizon = _HORIZON if most == DEEPEST else most
-        if better > _GAIN and (better - 1.0) * horizon * view.seconds[current] >= self._traces(table, current, best):
+        gain = _GAIN_OVER_PLAIN if current == 0 else _GAIN_OF_PLAIN if best == 0 else _GAIN
+        if better > gain and (better - 1.0) * horizon * view.seconds[current] >= self._traces(table, current, best):
             current = best
             if most == DEEPEST:
                 place.depth = best
-                place.renew(4 * _WAIT)
+                place.renew(16 * _WAIT)
         view.depth = current
         if most == DEEPEST:
             self._view = view
@@ -194,7 +201,12 @@ class AdaptiveDepth:
         """Another depth that may well be better, if it can be paid for."""
         place.next = place.rounds + _PAUSE
         rate, hopes = view.rates[current], view.hopes(self._acceptance)
-        promising = [k for k in range(view.least, DEEPEST + 1) if k != current and hopes[k] > _GAIN * rate]
+        least = max(view.least, 1)
+        promising = [k for k in range(least, DEEPEST + 1) if k != current and hopes[k] > _GAIN * rate]
+        if current > 0 and view.least == 0 and place.due[0] <= place.rounds:
+            # Costs that grow with the context, say, would else go unseen: all depths' look alike from within.
+            place.due[0] = place.rounds + int(_PLAIN_AGAIN * (rate / view.rates[0]) ** 2)
+            return _Trial(table, 0, 1 if {(current, 0), (0, current)} <= table.seen else 2)
         if not promising:
             return None
         deepest = max(k for k in range(DEEPEST + 1) if table.known(k))

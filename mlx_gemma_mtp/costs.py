@@ -18,10 +18,12 @@ _NOISE = 0.01  # relative variance of one round
 _UNKNOWN = 0.09  # of a share never measured
 _UNKNOWN_STEP = 0.25  # of the drafter's share before any round told it
 _MOVED = 0.01  # added when a table is carried over to other rows or another context
-_AGE, _OLD = 5e-6, 0.02  # added in each round, and up to where
+_AGE, _AGE_UNSEEN, _OLD = 5e-6, 2e-5, 0.02  # added in each round, and up to where
 _LEVEL_AGE = 1e-4
 _CLAMP = 0.25  # of a round's expected seconds: what one sample may say at most
-_SURPRISES = 3  # clamped samples in a row after which costs are taken to have changed
+_STREAK = 8  # rounds of one depth after which a change is the machine's
+_SURE = 4  # samples after which a cost is taken for what it seems
+_SURPRISES = 2  # clamped samples in a row after which costs are taken to have changed
 _ROW_WORK = 0.1  # seconds per further token of a block, beside those of reading the weights once (mlx_small_m.md)
 _FLAT_FROM = 32  # tokens; wider blocks run kernels whose cost grows slowly
 
@@ -75,10 +77,12 @@ class Table:
         self.prior = [facts.target(rows, k, context) for k in range(DEEPEST + 1)]
         self.target: list[float | None] = [None] * (DEEPEST + 1)
         self.variance = [_UNKNOWN] * (DEEPEST + 1)
+        self.samples = [0] * (DEEPEST + 1)
         self.step = facts.step(rows, context)
         self.step_variance = _UNKNOWN_STEP
         self.seen: set[tuple[int, int]] = set()
         self._surprises = [0] * (DEEPEST + 1)
+        self._last, self._streak = 0, 0
         self._curve: list[float] | None = None
 
     def carry(self, other: Table) -> None:
@@ -87,6 +91,7 @@ class Table:
             if seconds is not None:
                 self.target[k] = seconds * self.prior[k] / other.prior[k]
                 self.variance[k] = min(other.variance[k] + _MOVED, _UNKNOWN)
+                self.samples[k] = other.samples[k]
         self.step_variance = min(other.step_variance + _MOVED, _UNKNOWN_STEP)
 
     def known(self, k: int) -> bool:
@@ -110,27 +115,35 @@ class Table:
     def least(self, k: int, errors: float) -> float:
         """What a round of k drafts costs at least, at level 1: `errors` standard errors below what is known.
 
-        Nothing is known of a depth never verified but that it costs no less than shallower ones.
+        Of a depth hardly ever verified nothing is known but that it costs no less than shallower ones.
         """
-        base = max((j for j in range(k + 1) if self.known(j)), default=0)
+        base = max((j for j in range(k + 1) if self.known(j) and self.samples[j] >= _SURE), default=0)
         return self.curve()[base] * max(1.0 - errors * math.sqrt(self.variance[base]), 0.3) + k * self.step
 
-    def age(self) -> None:
-        """A round is over."""
-        self.variance = [v if v >= _OLD else v + _AGE for v in self.variance]
+    def age(self, verified: int) -> None:
+        """A round is over: what it didn't verify may have changed meanwhile."""
+        self._streak = self._streak + 1 if verified == self._last else 0
+        self._last = verified
+        self.variance = [
+            v if v >= _OLD else v + (_AGE if k == verified else _AGE_UNSEEN) for k, v in enumerate(self.variance)
+        ]
 
-    def surprise(self, verified: int, clamped: float, residual: float) -> float:
-        """The residual to learn from: one of several in a row that the clamp cut the same way counts whole."""
+    def surprise(self, verified: int, clamped: float, residual: float) -> str:
+        """Whether costs have changed: "no", "depth" (only this one's) or "all".
+
+        They have when the clamp cut several samples in a row the same way. After many rounds of one depth it is the
+        machine; else the other depths would have told.
+        """
         sign = (residual > clamped) - (residual < clamped)
         count = self._surprises[verified]
         self._surprises[verified] = count + sign if sign and count * sign >= 0 else sign
         if abs(self._surprises[verified]) < _SURPRISES:
-            return clamped
-        self.variance[verified] = _UNKNOWN
-        return residual
+            return "no"
+        return "all" if self._streak >= _STREAK and self.samples[verified] >= _SURE else "depth"
 
     def learn(self, verified: int, drafted: int, residual: float, level: float, level_variance: float) -> float:
         """Share a round's residual (seconds) out by what is least sure; returns the level's relative correction."""
+        self.samples[verified] += 1
         first = self.curve()[verified]
         expected = self.seconds(verified, drafted)
         parts = (
@@ -202,7 +215,7 @@ class CostModel:
         shape = verified, drafted
         repeats = shape in table.seen
         table.seen.add(shape)
-        table.age()
+        table.age(verified)
         if not (settled and repeats and seconds > 0):
             return False
         if not self.measured:
@@ -213,8 +226,14 @@ class CostModel:
         residual = min(max(seconds - expected, -_CLAMP * expected), _CLAMP * expected)
         if not table.known(verified):
             # A guess may be far off: clamped as usual, it would take many rounds to leave.
-            residual = min(seconds - expected, 2.0 * expected)
-        residual = table.surprise(verified, residual, seconds - expected)
+            residual = min(seconds - expected, expected)
+        changed = table.surprise(verified, residual, seconds - expected)
+        if changed != "no":
+            residual = seconds - expected
+        if changed == "all":
+            self._level_variance = _UNKNOWN
+        elif changed == "depth":
+            table.variance[verified] = _UNKNOWN
         before = self._level_variance
         self.level *= 1.0 + table.learn(*shape, residual, self.level, before)
         self._level_variance = before * (1.0 - before / (before + _NOISE + table.variance[verified]))
@@ -234,6 +253,7 @@ class CostModel:
             table = Table(model.facts, int(entry["rows"]), context_bucket(int(entry["context"])))
             table.target = [None if s is None else float(s) for s in entry["target"]]
             table.variance = [float(v) for v in entry["target_variance"]]
+            table.samples = [0 if t is None else _SURE for t in table.target]
             table.step, table.step_variance = float(entry["draft"]), float(entry["draft_variance"])
             if len(table.target) != DEEPEST + 1 or len(table.variance) != DEEPEST + 1:
                 raise ValueError(f"target has {len(table.target)} depths, expected {DEEPEST + 1}")
