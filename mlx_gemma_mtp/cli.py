@@ -249,6 +249,72 @@ def verify(
     raise typer.Exit(verify_cli.show(report, options, as_json=as_json, html=html))
 
 
+@app.command()
+def serve(
+    model: ModelOption = None,
+    drafter: DrafterOption = "auto",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8080,
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="What clients call the model; may be given several times.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MLX_GEMMA_MTP_API_KEY", help="Asked of every client; see --insecure.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Let others in without a key.")] = False,
+    cors_origin: Annotated[list[str] | None, typer.Option(help="Let pages of this origin ask; *: all.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name this machine is called by, beside localhost.")
+    ] = None,
+    depth: DepthOption = "auto",
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 8,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 64,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="For requests that don't say.")] = 4096,
+    prefill_budget: Annotated[int, typer.Option(min=1, help="Prompt tokens per step.")] = 2048,
+    kv_budget: Annotated[str | None, typer.Option(metavar="8GB", help="Memory for K/V.")] = None,
+    prefix_cache: Annotated[str, typer.Option(metavar="2GB", help="Memory for prefixes kept.")] = "0",
+    max_body: Annotated[str, typer.Option(metavar="4MiB", help="Largest body of a request.")] = "4MiB",
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds that answers get to finish at the end.")] = 30.0,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log, too.")] = False,
+) -> None:
+    """Serve the OpenAI and Anthropic APIs, and a page to chat on. Without --model: the demo pair."""
+    from . import serve_cli
+
+    try:
+        options = serve_cli.Options(
+            host=host,
+            port=port,
+            names=name or [model or _DEMO],
+            api_key=api_key,
+            insecure=insecure,
+            cors_origins=cors_origin or (),
+            allow_hosts=allow_host or (),
+            depth=_depth(depth),
+            max_batch=max_batch,
+            max_waiting=max_waiting,
+            max_tokens=max_tokens,
+            prefill_budget=prefill_budget,
+            kv_budget=None if kv_budget is None else serve_cli.parse_bytes(kv_budget),
+            prefix_cache=serve_cli.parse_bytes(prefix_cache),
+            max_body=serve_cli.parse_bytes(max_body),
+            timeout=timeout,
+            drain=drain,
+            log_prompts=log_prompts,
+        )
+    except ValueError as error:
+        raise _UsageError(str(error)) from error
+    bound = serve_cli.open_socket(options)
+    runtime = _open(_Source(model=model, drafter=drafter, revision=revision, dtype=dtype), quiet=False)
+    with serve_cli.open_engine(runtime, options) as engine:
+        service = serve_cli.make_service(runtime, engine, options)
+        _note(serve_cli.greeting(runtime, options, bound.getsockname()[1]))
+        serve_cli.show_logs()
+        serve_cli.run(service, serve_cli.make_app(service, options), bound, options)
+
+
 app.command(name="convert", cls=ConvertCommand)(_convert)
 
 

@@ -5,6 +5,7 @@ It knows neither models nor MLX. Loading a tokenizer imports mlx-lm; importing t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ _ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 _ROLE_ALIASES = {"model": "assistant", "developer": "system"}
 _CHANNEL_OPEN, _CHANNEL_CLOSE = "<|channel>", "<channel|>"
 _TURN_OPEN, _TURN_CLOSE = "<|turn>", "<turn|>"
+_CALL_OPEN = "<|tool_call>"
 _THOUGHT_HEADER = "thought\n"
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +165,9 @@ class TextCodec:
         self.stop_ids = stop_ids or frozenset(tokenizer.eos_token_ids) | _present(turn_close)
         self._channel_open = self._id(_CHANNEL_OPEN)
         self._turn_open = self._id(_TURN_OPEN)
-        self._channel_closes = _present(self._id(_CHANNEL_CLOSE), self._turn_open, turn_close)
+        # A call ends a thought, too: models do open one without closing the thought first.
+        marks = (self._id(_CHANNEL_CLOSE), self._id(_CALL_OPEN))
+        self._channel_closes = _present(self._turn_open, turn_close, *marks)
 
     @classmethod
     def from_directory(cls, path: Path) -> TextCodec | None:
@@ -248,6 +253,26 @@ class TextCodec:
         pieces = [*stream.push(ids), *stream.flush()]
         thinking = "".join(p.text for p in pieces if p.kind == "thinking")
         return "".join(p.text for p in pieces if p.kind == "answer"), thinking or None
+
+    def mark(self, name: str) -> int | None:
+        """The id of a mark like `<|tool_call>`; None where the vocabulary lacks it."""
+        return self._id(name)
+
+    def in_thought(self, prompt: Sequence[int]) -> bool:
+        """Whether an output behind `prompt` begins within a thought."""
+        return bool(self._open_thought(prompt))
+
+    def thinks_after(self, token: int, thinking: bool) -> bool:
+        """Whether what follows `token` is thought, where `thinking` says it of the token itself."""
+        return token == self._channel_open or (thinking and token not in self._channel_closes)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token is on its own: a piece's UTF-8, a single byte, or a mark's name."""
+        piece = self._tokenizer.convert_ids_to_tokens(token) if 0 <= token < self._size else None
+        if piece is None:
+            return b""
+        byte = None if token in self._special else _BYTE_PIECE.fullmatch(piece)
+        return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
 
     def _id(self, name: str) -> int | None:
         found = self._tokenizer.convert_tokens_to_ids(name)

@@ -1,0 +1,225 @@
+"""What the `serve` command does: options checked, an engine opened, HTTP served until a signal says stop.
+
+Knows no models; imports what takes time when it is called.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from starlette.types import ASGIApp
+
+    from .engine import Engine
+    from .runtime import Runtime
+    from .server.service import Service
+
+log = logging.getLogger(__name__)
+
+_UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to serve; `names` are what the model is called, byte counts are bytes. Raises ValueError."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    names: Sequence[str] = ()
+    api_key: str | None = None
+    insecure: bool = False
+    cors_origins: Sequence[str] = ()
+    allow_hosts: Sequence[str] = ()
+    depth: int | str = "auto"
+    max_batch: int = 8
+    max_waiting: int = 64
+    max_tokens: int = 4096
+    prefill_budget: int = 2048
+    kv_budget: int | None = None
+    prefix_cache: int = 0
+    max_body: int = 4 * 2**20
+    timeout: float = 600.0
+    drain: float = 30.0
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not self.api_key:
+            raise ValueError("--api-key is empty")
+        if not self.local and self.api_key is None and not self.insecure:
+            raise ValueError(
+                f"--host {self.host} lets others in: give an --api-key, or --insecure if everybody may use it"
+            )
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a text like "2GB", "512MiB" or "1000000". Raises ValueError."""
+    number = text.strip().upper().rstrip("BIKMG")
+    unit = text.strip().upper().removeprefix(number)
+    try:
+        count = float(number) * _UNITS[unit if unit != "B" else ""]
+    except (KeyError, ValueError):
+        raise ValueError(f"{text!r} is no number of bytes like 2GB or 512MiB") from None
+    if not 0 <= count < 2**63:
+        raise ValueError(f"{text!r} is no number of bytes like 2GB or 512MiB")
+    return int(count)
+
+
+def open_socket(options: Options) -> socket.socket:
+    """Bind, so that a taken port is known before a model is loaded. Raises OSError, naming the address."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((options.host, options.port))
+    except OSError as error:
+        bound.close()
+        raise OSError(f"can't listen on {options.host}:{options.port}: {error.strerror or error}") from error
+    return bound
+
+
+def open_engine(rt: Runtime, options: Options) -> Engine:
+    """The engine that serves."""
+    from .engine import Engine
+
+    return Engine(
+        rt,
+        max_batch=options.max_batch,
+        depth=options.depth,
+        prefill_budget=options.prefill_budget,
+        kv_budget=options.kv_budget,
+        prefix_cache=options.prefix_cache,
+        max_waiting=options.max_waiting,
+    )
+
+
+def make_service(rt: Runtime, engine: Engine, options: Options) -> Service:
+    """The service over an engine. Raises ValueError for a model that can't be talked to."""
+    from .generation_config import generation_defaults
+    from .server.metrics import Metrics
+    from .server.service import Service, Settings
+
+    if rt.text is None:
+        raise ValueError("this model has no tokenizer, which a server needs")
+    settings = Settings(
+        models=tuple(options.names),
+        context=rt.config.max_positions,
+        defaults=generation_defaults(Path(rt.info()["model"]["path"])),
+        max_tokens=options.max_tokens,
+        timeout=options.timeout,
+        log_prompts=options.log_prompts,
+    )
+    return Service(engine, rt.text, settings, Metrics())
+
+
+def make_app(service: Service, options: Options) -> ASGIApp:
+    """The application with the options' rules."""
+    from .server.app import make_app
+    from .server.guard import LOCAL_HOSTS, Rules
+
+    # A key keeps strangers out, whatever name they use for this machine.
+    named = options.local and options.api_key is None
+    return make_app(
+        service,
+        Rules(
+            max_body=options.max_body,
+            key=options.api_key,
+            origins=tuple(options.cors_origins),
+            hosts=LOCAL_HOSTS | set(options.allow_hosts) | {options.host} if named else None,
+        ),
+    )
+
+
+def run(service: Service, app: ASGIApp, bound: socket.socket, options: Options) -> None:
+    """Serve on `bound` until SIGTERM or SIGINT; answers under way may take `drain` seconds more."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            service.closing = True
+            super().handle_exit(sig, frame)
+
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        http="h11",
+        timeout_graceful_shutdown=int(options.drain),
+        timeout_keep_alive=30,
+    )
+    Server(config).run(sockets=[bound])
+
+
+def show_logs() -> None:
+    """JSON lines on stderr: this server's own, and others' warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines())
+    own, other = logging.getLogger(__package__), logging.getLogger("uvicorn.error")
+    for logger, level in ((own, logging.INFO), (other, logging.WARNING)):
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
+class _Lines(logging.Formatter):
+    """One JSON object a line; a request's own fields stand beside time and level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        fields: dict[str, Any] = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname}
+        if message.startswith("{"):
+            fields |= json.loads(message)
+        else:
+            fields |= {"event": "log", "message": message}
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False)
+
+
+def greeting(rt: Runtime, options: Options, port: int) -> str:
+    """What a user needs to know: the address, a line to try, the memory it takes."""
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    url, info = f"http://{host}:{port}", rt.info()
+    weights = info["model"]["bytes"] + (info["drafter"]["bytes"] if info["drafter"] else 0)
+    kv = info["kv"]["bytes_per_1k_tokens"] / 1024
+    row = info["kv"]["ring_bytes_per_request"] + kv * rt.config.max_positions
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if options.api_key else ""
+    body = json.dumps(
+        {"model": options.names[0], "stream": True, "messages": [{"role": "user", "content": "Tell me a short story."}]}
+    )
+    return "\n".join(
+        [
+            f"{options.names[0]} at {url} (page), {url}/v1 (OpenAI), {url}/v1/messages (Anthropic)",
+            f"memory: {_size(weights)} of weights; K/V {_size(kv * 1000)} per 1,000 tokens, at most {_size(row)} for a "
+            f"request of {rt.config.max_positions:,} tokens, {options.max_batch} at a time",
+            f"try: curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        ]
+    )
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"
