@@ -12,11 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from .adaptive import AdaptiveDepth, DepthMemory, parse_depth
 from .bitwise import choose_shapes
 from .cache import KVCache
 from .config import LayerSpec
 from .constraints import Grammars
-from .depth import DepthPolicy, parse_depth
+from .costs import CostFacts, CostModel
+from .depth import DepthPolicy, FixedDepth
 from .generation import Filling, Generation, Step, Timing
 from .generation_config import generation_defaults, read_stop_ids
 from .loading import Loaded, Progress, load_pair, memory_limit
@@ -82,6 +84,7 @@ class Runtime:
         self.text = TextCodec.from_directory(loaded.path)
         self._grammars: Grammars | None = None
         self._claimed = False
+        self.depth_memory = DepthMemory(CostModel(cost_facts(loaded)))
         self.bits: ProbeResult | None = None
         self._stop_ids = read_stop_ids(loaded.path) if self.text is None else self.text.stop_ids
         spec = CacheSpec(slots=self.config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
@@ -282,7 +285,7 @@ class Runtime:
             self._speculator if speculator is None else speculator,
             vocab_size=self.config.vocab_size,
             max_positions=self.config.max_positions,
-            depth=parse_depth(depth) if isinstance(depth, int | str) else depth,
+            depth=self.depth_policy(depth) if isinstance(depth, int | str) else depth,
             max_batch=max_batch,
             chunk=_CHUNK,
             prefill_budget=prefill_budget,
@@ -290,6 +293,11 @@ class Runtime:
             prefix_cache=prefix_cache,
             constrain=self._constrain,
         )
+
+    def depth_policy(self, depth: int | str) -> AdaptiveDepth | FixedDepth:
+        """The policy for a caller's `depth`. All that are "auto" here learn into one memory. Raises ValueError."""
+        policy = parse_depth(depth, self.depth_memory)
+        return policy if self._loaded.drafter is not None else FixedDepth(0)
 
     def probe(
         self,
@@ -514,6 +522,32 @@ class Runtime:
             # A caller who leaves in the middle leaves what was computed to the prefix cache.
             for number in fillings:
                 scheduler.cancel(number)
+
+
+def cost_facts(loaded: Loaded) -> CostFacts:
+    """What a round of a pair reads, in bytes: where the cost of drafting starts from before it is measured."""
+    config, drafter = loaded.config, loaded.drafter_config
+    spec = CacheSpec(slots=config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
+    moe = next((s.moe for s in config.layers if s.moe is not None), None)
+    experts = sum(3 * s.moe.experts * s.moe.hidden * config.hidden_size for s in config.layers if s.moe is not None)
+    # Of the tables of per-layer embeddings a forward reads a few rows.
+    tables = config.per_layer_vocab * config.per_layer_hidden * len(config.layers)
+    size = _sizes(loaded.target)
+    each = size["bytes"] / max(size["parameters"], 1)
+    draft = 0.0
+    if loaded.drafter is not None and drafter is not None:
+        size = _sizes(loaded.drafter)
+        head = drafter.vocab_size * drafter.hidden_size if drafter.centroids else 0
+        unread = head * (1 - drafter.centroids.top_k / drafter.centroids.count) if drafter.centroids else 0.0
+        draft = (size["parameters"] - unread) * size["bytes"] / max(size["parameters"], 1)
+    return CostFacts(
+        dense=(loaded.target.parameters - experts - tables) * each,
+        experts=experts * each,
+        count=moe.experts if moe else 1,
+        used=moe.top_k if moe else 1,
+        kv=float(spec.bytes_per_token()),
+        drafter=draft,
+    )
 
 
 def _whole_numbers(tokens: Any) -> list[int]:
