@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -152,6 +153,9 @@ def make_app(service: Service, options: Options) -> ASGIApp:
 def run(service: Service, app: ASGIApp, bound: socket.socket, options: Options) -> None:
     """Serve on `bound` until SIGTERM or SIGINT; answers under way may take `drain` seconds more."""
     import uvicorn
+
+    # uvicorn sends the signal that ended it again, when it is done: the engine has to be shut down first.
+    signal.signal(signal.SIGTERM, lambda *_: None)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

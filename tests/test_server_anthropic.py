@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlx_gemma_mtp.constraints import Lark, ThinkingBudget
+from mlx_gemma_mtp.constraints import JsonSchema, Lark, ThinkingBudget
 from mlx_gemma_mtp.request import FinishReason
 
 from .fake_engine import events_of
@@ -142,6 +142,14 @@ def test_tool_choice(choice: dict[str, Any], held: bool) -> None:
     assert isinstance(fake.request.sampling.constraint, Lark) is held
     fake.message(tools=TOOLS, tool_choice={"type": "none"})
     assert list(fake.request.sampling.suppress_tokens) == [48]
+
+
+def test_output_config() -> None:
+    fake, schema = Fake("{}"), {"type": "object"}
+    fake.message(output_config={"format": {"type": "json_schema", "schema": schema}})
+    assert fake.request.sampling.constraint == JsonSchema(schema)
+    fake.message(output_config={"effort": "low"}, thinking={"type": "adaptive"})
+    assert fake.request.sampling.constraint == ThinkingBudget(512)
 
 
 @pytest.mark.parametrize(
