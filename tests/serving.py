@@ -39,7 +39,7 @@ def demo_codec() -> TextCodec:
 
 def service_over(engine: Backend, codec: TextCodec, **settings: Any) -> Service:
     """A service that calls its model "demo" and decodes greedily."""
-    given: dict[str, Any] = {"models": ("demo",), "context": 8192, "defaults": GREEDY, "timeout": 60.0} | settings
+    given: dict[str, Any] = {"models": ("demo",), "context": 8192, "defaults": GREEDY, "timeout": 600.0} | settings
     return Service(engine, codec, Settings(**given), Metrics())
 
 
