@@ -1,16 +1,18 @@
 """What a conversion costs, and what it does to a pair.
 
-    python bench/make_e2b_layout.py /tmp/e2b && python bench/convert.py cost /tmp/e2b [--repeats 2] [--check]
+    python bench/make_e2b_layout.py /tmp/e2b && python bench/convert.py cost /tmp/e2b [--repeats 3] [--check]
     python bench/convert.py acceptance [PAIR]
 
 `cost`: time and memory of a conversion to 4 bits, ours and mlx-lm's, on the same input in one run. Each conversion is
 a process of its own; they take turns. Time is the process's wall clock, memory its peak resident set as the kernel
 counts it (mapped pages included). Ours also copies vision and audio, hashes input and output and makes everything
-durable, which mlx-lm doesn't. `--check` exits with 1 unless ours takes less than 3.5 GB, at most half of mlx-lm's
-memory, and no more time (medians).
+durable, which mlx-lm doesn't. Before each, earlier writes are flushed and the load is recorded. For shared machines:
+`--pause S` waits in between, `--prefix CMD` runs each under CMD, and `--note` says in the record what CMD does.
+`--check` exits with 1 unless ours takes less than 3.5 GB, at most half of mlx-lm's memory, and no more time (medians).
 
 `acceptance`: fidelity and acceptance of the demo pair (or PAIR) for every combination of target and drafter recipe, on
-the chats in prompts.json. `-g32` are affine groups of 32, for widths that 64 doesn't divide.
+the chats in prompts.json and on the converter's built-in prompts. `-g32` are affine groups of 32, for widths that 64
+doesn't divide.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import shutil
 import statistics
 import sys
@@ -32,6 +35,7 @@ from typing import Any
 import common
 
 from mlx_gemma_mtp.convert import convert
+from mlx_gemma_mtp.convert.output import markdown_table
 
 LIMIT = 3_500_000_000
 RECIPES = ("8bit", "4bit", "mxfp4", "nvfp4")
@@ -72,14 +76,17 @@ def size_of(directory: Path) -> int:
     return sum(f.stat().st_size for f in directory.glob("*.safetensors"))
 
 
-def measure(source: Path, repeats: int) -> dict[str, Any]:
+def measure(source: Path, repeats: int, pause: float, prefix: Sequence[str]) -> dict[str, Any]:
     """All samples and their summary; outputs are deleted."""
     samples: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(dir=source.parent) as scratch:
         for repeat in range(repeats):
             order = list(commands(source, Path(scratch)).items())
             for name, command in order if repeat % 2 == 0 else reversed(order):
-                sample = run(command, Path(scratch) / "log")
+                os.sync()
+                time.sleep(pause)
+                load = os.getloadavg()[0]
+                sample = run([*prefix, *command], Path(scratch) / "log") | {"load_before": round(load, 2)}
                 sample["output_bytes"] = size_of(Path(scratch) / name)
                 shutil.rmtree(Path(scratch) / name)
                 samples.setdefault(name, []).append(sample)
@@ -94,12 +101,16 @@ def medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def cost(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both conversions in turns."""
     source = arguments.source.resolve()
-    found = measure(source, arguments.repeats)
+    prefix = shlex.split(arguments.prefix)
+    found = measure(source, arguments.repeats, arguments.pause, prefix)
     ours, theirs = found["median"]["ours"], found["median"]["mlx-lm"]
     return {
         "input": {"layout": "gemma-4-E2B-it", "bytes": size_of(source), "values": "random"},
         "recipe": "4 bits, affine, groups of 64",
         "repeats": arguments.repeats,
+        "pause_s": arguments.pause,
+        "prefix": arguments.prefix,
+        "note": arguments.note,
         **found,
         "met": {
             "peak_below_3.5_gb": ours["peak_rss_bytes"] < LIMIT,
@@ -110,52 +121,57 @@ def cost(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def acceptance(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every combination of recipes."""
+    """Every combination of recipes, on both sets of prompts."""
     pair = arguments.source.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         for name, text in NARROW.items():
             (place / f"{name}.toml").write_text(text)
         narrow = [str(place / f"{name}.toml") for name in NARROW]
-        record = convert(
-            pair,
-            place / "out",
-            quantize=RECIPES[0],
-            drafter_quantize=RECIPES[0],
-            compare=[*RECIPES[1:], *narrow],
-            compare_drafter=RECIPES[1:],
-            prompts=common.ROOT / "bench" / "prompts.json",
-        )
+
+        def measured(prompts: Path | None) -> dict[str, Any]:
+            record = convert(
+                pair,
+                place / "out",
+                quantize=RECIPES[0],
+                drafter_quantize=RECIPES[0],
+                compare=[*RECIPES[1:], *narrow],
+                compare_drafter=RECIPES[1:],
+                prompts=prompts,
+                force=True,
+            )
+            return dict(record["measured"])
+
         unquantized = {
             Path(name).stem: {role: sorted(plan[role]["unquantized"]) for role in ("target", "drafter")}
             for name in (*RECIPES, *narrow)
             for plan in [convert(pair, place / "none", quantize=name, drafter_quantize=name, dry_run=True)]
         }
-    return {
-        "pair": common.describe_checkpoint(pair),
-        "drafter": common.describe_checkpoint(pair / "drafter"),
-        "measured": record["measured"],
-        "unquantized": unquantized,
-    }
+        return {
+            "pair": common.describe_checkpoint(pair),
+            "drafter": common.describe_checkpoint(pair / "drafter"),
+            "measured": measured(common.ROOT / "bench" / "prompts.json"),
+            "measured_built_in": measured(None),
+            "unquantized": unquantized,
+        }
 
 
-def table(record: Mapping[str, Any]) -> str:
-    """Accepted drafts per round and fidelity, as Markdown; "source" is bf16."""
-    measured = record["measured"]
+def table(measured: Mapping[str, Any]) -> str:
+    """Accepted drafts per round and fidelity, as Markdown; "source" is bf16. README.md holds it."""
     drafters = list(dict.fromkeys(row["drafter"] for row in measured["acceptance"]))
     cells = {(row["target"], row["drafter"]): row for row in measured["acceptance"]}
 
     def shown(name: str) -> str:
-        return "bf16" if name == "source" else name
+        return {"source": "bf16"}.get(name, name.replace("-g32", ", groups of 32"))
 
-    def line(target: str) -> str:
+    def line(target: str) -> list[str]:
         fidelity = measured["fidelity"][target]
-        row = [f"{cells[target, d]['accepted_per_round']:.2f} ({cells[target, d]['acceptance']:.0%})" for d in drafters]
+        row = [f"{cells[target, d]['accepted_per_round']:.2f}" for d in drafters]
         row += [f"{fidelity['mean_kl']:.4f}", f"{fidelity['top1_agreement']:.1%}"]
-        return f"| {shown(target)} | " + " | ".join(row) + f" | {fidelity['perplexity_ratio']:.3f} |"
+        return [shown(target), *row, f"{fidelity['perplexity_ratio']:.3f}"]
 
     head = ["target / drafter", *map(shown, drafters), "mean KL", "top-1", "perplexity"]
-    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(line, measured["fidelity"])])
+    return "\n".join(markdown_table([head, *map(line, measured["fidelity"])]))
 
 
 def main() -> None:
@@ -166,6 +182,9 @@ def main() -> None:
     costing.add_argument("source", type=Path)
     costing.add_argument("--repeats", type=int, default=1)
     costing.add_argument("--check", action="store_true")
+    costing.add_argument("--pause", type=float, default=0)
+    costing.add_argument("--prefix", default="", help="a command that runs the command behind it")
+    costing.add_argument("--note", default="", help="goes into the record")
     accepting = kinds.add_parser("acceptance")
     accepting.add_argument("source", type=Path, nargs="?", default=common.DEMO)
     for each in (costing, accepting):
@@ -182,7 +201,11 @@ def main() -> None:
     record |= cost(arguments) if arguments.kind == "cost" else acceptance(arguments)
     out = arguments.out or common.result_file(name)
     out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["met"]) if arguments.kind == "cost" else table(record), out, sep="\n")
+    if arguments.kind == "cost":
+        print(json.dumps(record["met"]))
+    else:
+        print(table(record["measured"]), table(record["measured_built_in"]), sep="\n\n")
+    print(out)
     if arguments.kind == "cost" and arguments.check and not all(record["met"].values()):
         raise SystemExit(1)
 

@@ -43,6 +43,11 @@ class Job:
         return History(request.sampling, request.prompt, self.output, request.stop_ids, request.choice)
 
     @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the longest output."""
+        return len(self.request.prompt) + self.request.max_tokens
+
+    @property
     def done(self) -> int:
         """Tokens prefilled so far."""
         return 0 if self.cache is None else self.cache.lengths[0]
@@ -121,7 +126,12 @@ class Admission:
         """
         ready: list[tuple[Job, mx.array]] = []
         while self.started and (budget > 0 or (until_ready and not ready)):
-            pieces = self._share(min(budget, self._chunk) if budget > 0 else self._chunk)
+            if self._speculator.alone:
+                if ready:
+                    break
+                pieces = [(self.started[0], min(self.started[0].left, self._chunk))]
+            else:
+                pieces = self._share(min(budget, self._chunk) if budget > 0 else self._chunk)
             chunks = [(job.cache, job.tokens[job.done : job.done + n].tolist()) for job, n in pieces if job.cache]
             hidden = self._speculator.prefill_together(chunks)
             for i, (job, n) in enumerate(pieces):
@@ -144,13 +154,17 @@ class Admission:
         """Waiting requests that can be given a cache now, in their order."""
         if len(rows) + len(self.started) >= self._max_batch:
             return
-        lengths = [*rows, *(len(job.tokens) for job in self.started)]
+        lengths = [*rows, *map(self._planned, self.started)]
         for job in self.waiting:
-            planned = planned_bytes(self.spec, [*lengths, len(job.tokens)])
+            planned = planned_bytes(self.spec, [*lengths, self._planned(job)])
             if lengths and self.kv_budget is not None and planned > self.kv_budget:
                 return
             if not self._better_later(job):
                 yield job
+
+    def _planned(self, job: Job) -> int:
+        """Tokens that a job is given room for; all it may come to, where none may be computed anew."""
+        return job.length if self._speculator.alone else len(job.tokens)
 
     def _better_later(self, job: Job) -> bool:
         """Whether one that is being prefilled will soon hold more of the job's beginning than is known now."""

@@ -67,7 +67,9 @@ class Generation:
 
     `contract` says what the tokens promise (see `request.Contract`). `stop` is the stop string that ended it (it is not
     in the text; the tokens go up to the one that completed it), or None. `error` says what went wrong where the finish
-    reason is "error". With n > 1, `choices` holds all outputs, of which this is the first.
+    reason is "error". `bitwise`: whether blocks' logits are single steps' to the last bit here, on which `exact` rests,
+    as far as it was probed (None: it wasn't); where not, `differing_shapes` names the shapes, rows x tokens. With
+    n > 1, `choices` holds all outputs, of which this is the first.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -78,6 +80,8 @@ class Generation:
     stop: str | None = None
     error: str | None = None
     contract: Contract = "exact"
+    bitwise: bool | None = None
+    differing_shapes: tuple[str, ...] = ()
     logprobs: list[TokenLogprob] | None = None
     choices: list[Generation] = field(default_factory=list)
     stats: SpecStats = field(default_factory=SpecStats)

@@ -142,7 +142,9 @@ def find_drafter(source: str, path: Path) -> str | None:
         name = source.rsplit("/", 1)[-1].lower()
         for official in ("E2B", "E4B", "12B", "26B-A4B", "31B"):
             if f"gemma-4-{official.lower()}-it" in name:
-                return f"google/gemma-4-{official}-it-assistant"
+                # Targets trained for quantization have drafters that were trained with them.
+                trained = "-qat-q4_0-unquantized" if "-it-qat" in name else ""
+                return f"google/gemma-4-{official}-it{trained}-assistant"
         return None
     full = path.resolve()
     siblings = [full.parent / n for n in ("assistant", "drafter", f"{full.name}-assistant")]

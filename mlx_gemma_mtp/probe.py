@@ -29,7 +29,7 @@ import mlx.core as mx
 from .cache import KVCache, capacity_step, row_bucket
 from .views import BlockView, CacheArrays, CacheSpec, KVView, Layout
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 512
 _HIGHEST_RANDOM_ID = 200_000  # above are the marks of images and sounds
 _LAYOUT = Layout(groups=1, mapped=False)
@@ -51,40 +51,46 @@ class Widths:
     """What to probe: every count of rows with every length of block, behind each number of keys.
 
     `larger`: by how many capacity steps the blocks' buffers exceed the tightest, which single steps get.
-    `single_rows`: a single step is computed in so many copies of its row; 2 probes a decode path that pads single
-    steps into the kernels of wider blocks. `compiled`: through mx.compile, as rounds may be.
+    `least`: a single step is computed in a block of so many tokens; above 1, this probes a decode path that pads steps
+    into the kernels of wider blocks. `compiled`: through mx.compile, as rounds may be.
     """
 
     rows: tuple[int, ...]
     blocks: tuple[int, ...]
     keys: tuple[int, ...]
     larger: tuple[int, ...] = (0, 1)
-    single_rows: int = 1
+    least: int = 1
     compiled: bool = False
 
     def __post_init__(self) -> None:
         for name, values in (("rows", self.rows), ("blocks", self.blocks), ("keys", self.keys)):
             if not values or min(values) < 1:
                 raise ValueError(f"{name} is {values}, expected counts of at least 1")
-        if self.single_rows < 1:
-            raise ValueError(f"single_rows is {self.single_rows}, expected at least 1")
+        if not 1 <= self.least <= min(self.blocks):
+            raise ValueError(f"least is {self.least}, expected 1 to the shortest of blocks, {min(self.blocks)}")
 
     @staticmethod
-    def full(max_batch: int, depth: int, max_positions: int) -> Widths:
+    def full(max_batch: int, depth: int, max_positions: int, *, least: int = 1, compiled: bool = False) -> Widths:
         """All that a batch of at most `max_batch` rows and drafts of at most `depth` can meet.
 
         Keys: few; and on either side of 1,024 and 4,096, where Metal's attention changes its kernels.
         """
         reached = [n for n in (48, 1000, 1056, 4056, 4128) if n + depth + 1 <= max_positions]
-        rows = sorted({row_bucket(n) for n in range(1, max_batch + 1)})
-        return Widths(rows=tuple(rows), blocks=tuple(range(1, depth + 2)), keys=tuple(reached or [1]))
+        return Widths(
+            rows=tuple(sorted({row_bucket(n) for n in range(1, max_batch + 1)})),
+            blocks=tuple(range(least, max(depth + 1, least) + 1)),
+            keys=tuple(reached or [1]),
+            least=least,
+            compiled=compiled,
+        )
 
     @staticmethod
-    def quick(max_batch: int, depth: int, max_positions: int) -> Widths:
+    def quick(max_batch: int, depth: int, max_positions: int, *, compiled: bool = False) -> Widths:
         """Single tokens and the longest block, alone and in the largest batch, behind few keys: a few forwards."""
         keys = min(48, max(1, max_positions - depth - 1))
         rows = sorted({1, row_bucket(max_batch)})
-        return Widths(rows=tuple(rows), blocks=tuple(sorted({1, depth + 1})), keys=(keys,), larger=(1,))
+        blocks = tuple(sorted({1, depth + 1}))
+        return Widths(rows=tuple(rows), blocks=blocks, keys=(keys,), larger=(1,), compiled=compiled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +137,11 @@ class ProbeResult:
         found = [w.bitwise for w in self.widths if (w.rows, w.block) == (row_bucket(rows), block)]
         return bool(found) and all(found)
 
+    @property
+    def differing_shapes(self) -> tuple[str, ...]:
+        """Names, rows x tokens, of the shapes with a difference."""
+        return tuple(dict.fromkeys(f"{w.rows}x{w.block}" for w in self.differing))
+
     def describe(self) -> str:
         """One line: bitwise, or which widths (rows x tokens) differ and by how much at most."""
         left = f"; left out: {', '.join(self.skipped)}" if self.skipped else ""
@@ -138,9 +149,8 @@ class ProbeResult:
             return f"nothing was probed{left}"
         if self.bitwise:
             return f"bitwise in {len(self.widths)} comparisons{left}"
-        names = dict.fromkeys(f"{w.rows}x{w.block}" for w in self.differing)
         largest = max(w.max_difference for w in self.differing)
-        return f"logits differ (by {largest:.2g} at most) at rows x tokens {', '.join(names)}{left}"
+        return f"logits differ (by {largest:.2g} at most) at rows x tokens {', '.join(self.differing_shapes)}{left}"
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -230,7 +240,7 @@ class _Prober:
             self._singles = self._single_steps()
         arrays, capacity = self._batch(rows, larger), self._capacity(self._keys, larger)
         for block in self._widths.blocks:
-            if rows == self._widths.single_rows and block == 1 and not larger:
+            if rows == block == 1 and not larger:
                 continue  # the single steps themselves
             self._check_time()
             tokens = self._tokens[self._keys : self._keys + block]
@@ -250,19 +260,20 @@ class _Prober:
             raise TimeoutError
 
     def _capacity(self, keys: int, larger: int) -> int:
-        size = capacity_step(keys + self._longest)
+        # The last of the single steps is padded, too.
+        size = capacity_step(keys + self._longest + self._widths.least - 1)
         for _ in range(larger):
             size = capacity_step(size + 1)
         return size
 
     def _single_steps(self) -> mx.array:
         """Logits (longest block, V) of single steps, from the tightest cache."""
-        copies, arrays, logits = self._widths.single_rows, self._batch(self._widths.single_rows, 0), []
+        padding, arrays, logits = [0] * (self._widths.least - 1), self._batch(1, 0), []
         for token in self._tokens[self._keys : self._keys + self._longest]:
             self._check_time()
-            step, arrays = self._forward(mx.array([[token]] * copies, mx.int32), arrays)
+            step, arrays = self._forward(mx.array([[token, *padding]], mx.int32), arrays, count=1)
             mx.eval(step, arrays)
-            logits.append(step[0])
+            logits.append(step[0, :1])
         return mx.concatenate(logits)
 
     def _batch(self, rows: int, larger: int) -> list[mx.array]:
@@ -276,18 +287,18 @@ class _Prober:
         mx.eval(arrays)
         return arrays
 
-    def _forward(self, tokens: mx.array, arrays: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
-        block = tokens.shape[1]
+    def _forward(self, tokens: mx.array, arrays: list[mx.array], *, count: int = 0) -> tuple[mx.array, list[mx.array]]:
+        """Logits (R, L, V) and the cache behind the first `count` tokens."""
         if not self._widths.compiled:
-            return self._plain_forward(block, tokens, arrays)
-        if block not in self._functions:
-            self._functions[block] = mx.compile(partial(self._plain_forward, block))
-        return self._functions[block](tokens, arrays)
+            return self._plain_forward(count, tokens, arrays)
+        if count not in self._functions:
+            self._functions[count] = mx.compile(partial(self._plain_forward, count))
+        return self._functions[count](tokens, arrays)
 
-    def _plain_forward(self, block: int, tokens: mx.array, arrays: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
-        view = BlockView(self._spec, _LAYOUT, arrays, block)
+    def _plain_forward(self, count: int, tokens: mx.array, arrays: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
+        view = BlockView(self._spec, _LAYOUT, arrays, tokens.shape[1])
         logits = self._target.unembed(self._target(tokens, view))
-        return logits, view.arrays_after(mx.full((tokens.shape[0],), block, mx.int32))
+        return logits, view.arrays_after(mx.full((tokens.shape[0],), count, mx.int32))
 
 
 def _compared(logits: mx.array, expected: mx.array) -> tuple[list[bool], float]:
@@ -305,7 +316,9 @@ def _compared(logits: mx.array, expected: mx.array) -> tuple[list[bool], float]:
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be found out again."""
+    """The user's folder for what can be found out again; MLX_GEMMA_MTP_CACHE names another."""
+    if chosen := os.environ.get("MLX_GEMMA_MTP_CACHE"):
+        return Path(chosen)
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "mlx-gemma-mtp"
     base = os.environ.get("XDG_CACHE_HOME")
@@ -356,7 +369,39 @@ def cached_probe(
     Default: `cache_folder()`. A file there that can't be read is replaced; a folder that can't be written is done
     without. What was skipped for lack of time is not kept.
     """
-    about = {
+    file, about = _kept(spec, widths, vocab_size, weights, folder, max_bytes)
+    if (known := _read(file, about)) is not None:
+        return known
+    result = probe(target, spec, widths, vocab_size=vocab_size, seconds=seconds, max_bytes=max_bytes)
+    if not any(reason.endswith("(time)") for reason in result.skipped):
+        with contextlib.suppress(OSError):
+            _write(file, about, result)
+    return result
+
+
+def known_probe(
+    spec: CacheSpec,
+    widths: Widths,
+    *,
+    vocab_size: int,
+    weights: Sequence[mx.array],
+    folder: Path | None = None,
+    max_bytes: int = 2 << 30,
+) -> ProbeResult | None:
+    """What `cached_probe` has kept; None if it has to probe."""
+    return _read(*_kept(spec, widths, vocab_size, weights, folder, max_bytes))
+
+
+def _kept(
+    spec: CacheSpec,
+    widths: Widths,
+    vocab_size: int,
+    weights: Sequence[mx.array],
+    folder: Path | None,
+    max_bytes: int,
+) -> tuple[Path, dict[str, Any]]:
+    """The file of a result, and all that it depends on."""
+    about: dict[str, Any] = {
         "format": _FORMAT,
         "environment": environment(),
         "weights": fingerprint(weights),
@@ -367,14 +412,7 @@ def cached_probe(
     }
     about = json.loads(json.dumps(about))
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-    file = (cache_folder() if folder is None else folder) / f"probe-{name}.json"
-    if (known := _read(file, about)) is not None:
-        return known
-    result = probe(target, spec, widths, vocab_size=vocab_size, seconds=seconds, max_bytes=max_bytes)
-    if not any(reason.endswith("(time)") for reason in result.skipped):
-        with contextlib.suppress(OSError):
-            _write(file, about, result)
-    return result
+    return (cache_folder() if folder is None else folder) / f"probe-{name}.json", about
 
 
 def _read(file: Path, about: Mapping[str, Any]) -> ProbeResult | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .bitwise import choose_shapes
 from .cache import KVCache
 from .config import LayerSpec
 from .constraints import Grammars
@@ -20,6 +21,7 @@ from .loading import Loaded, Progress, load_pair, memory_limit
 from .models.drafter import Drafter
 from .models.target import Target
 from .prefix import PrefixCache
+from .probe import ProbeResult, Widths, cached_probe, known_probe
 from .request import Request, SamplingParams
 from .sampling import Constraint
 from .scheduler import Scheduler
@@ -43,14 +45,27 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
+    bitwise: bool = False,
+    max_batch: int = 8,
 ) -> Runtime:
-    """Load a pair: a directory, a hub id, or "demo" (the bundled one); see `loading.load_pair` for the rest."""
+    """Load a pair: a directory, a hub id, or "demo" (the bundled one); see `loading.load_pair` for the rest.
+
+    A quick probe of a few shapes, kept on disk, tells whether blocks' logits are single steps' bit for bit. `bitwise`
+    makes sure of it in batches of up to `max_batch`: see `Runtime.require_bitwise`.
+    """
     loaded = load_pair(str(path), drafter=drafter, dtype=dtype, revision=revision, progress=progress)
     if loaded.drafter is None and drafter is not None:
         log.warning("%s: no drafter found, decoding plainly", loaded.path)
     if progress:
         progress("loading the tokenizer", 0.0)
-    return Runtime(loaded)
+    runtime = Runtime(loaded)
+    if progress:
+        progress("comparing blocks with single steps", 0.0)
+    if bitwise:
+        runtime.require_bitwise(max_batch=max_batch)
+    else:
+        runtime.probe(max_batch=max_batch, quick=True)
+    return runtime
 
 
 class Runtime:
@@ -65,12 +80,12 @@ class Runtime:
         self.text = TextCodec.from_directory(loaded.path)
         self._grammars: Grammars | None = None
         self._claimed = False
+        self.bits: ProbeResult | None = None
         self._stop_ids = read_stop_ids(loaded.path) if self.text is None else self.text.stop_ids
         spec = CacheSpec(slots=self.config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
+        self._compiled = _can_compile() if compiled is None else compiled
         self.prefixes = PrefixCache(spec, 0)
-        self._speculator = Speculator(
-            loaded.target, loaded.drafter, spec, compiled=_can_compile() if compiled is None else compiled
-        )
+        self._speculator = Speculator(loaded.target, loaded.drafter, spec, compiled=self._compiled)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -254,6 +269,11 @@ class Runtime:
 
         It keeps constraints, but knows no stop strings: see `stops.OutputReader`.
         """
+        shapes = self._speculator.shapes
+        if shapes is not None:
+            max_batch = min(max_batch, shapes.max_rows)
+            # What one request computed is not what another would have, bit for bit.
+            prefix_cache = prefix_cache if shapes.free else 0
         return Scheduler(
             self._speculator,
             vocab_size=self.config.vocab_size,
@@ -266,6 +286,52 @@ class Runtime:
             prefix_cache=prefix_cache,
             constrain=self._constrain,
         )
+
+    def probe(
+        self,
+        *,
+        max_batch: int = 8,
+        depth: int = MAX_DEPTH,
+        quick: bool = False,
+        least: int = 1,
+        seconds: float | None = None,
+    ) -> ProbeResult:
+        """Compare the logits of blocks with those of single steps, byte by byte; `bits` has the result afterwards.
+
+        For batches of up to `max_batch` rows and drafts of up to `depth`, in about `seconds` at most (default: 60, or
+        5 if `quick`, which compares a few shapes if no more is known). Results are kept on disk: see
+        `probe.cached_probe`. `least`: single steps are padded to so many tokens.
+        """
+        target, positions, compiled = self._loaded.target, self.config.max_positions, self._compiled
+        weights = [a for portion in target.arrays for a in portion]
+        vocab, spec = self.config.vocab_size, self._speculator.spec
+        wide = Widths.full(max_batch, depth, positions, least=least, compiled=compiled)
+        few = Widths.quick(max_batch, depth, positions, compiled=compiled)
+        known = known_probe(spec, wide, vocab_size=vocab, weights=weights) if quick else None
+        self.bits = known or cached_probe(
+            target,
+            spec,
+            few if quick else wide,
+            vocab_size=vocab,
+            weights=weights,
+            seconds=(5.0 if quick else 60.0) if seconds is None else seconds,
+        )
+        return self.bits
+
+    def require_bitwise(self, *, max_batch: int = 8, depth: int = MAX_DEPTH, seconds: float = 300.0) -> None:
+        """Decode from now on in such shapes only in which blocks' logits are single steps', bit for bit.
+
+        Single steps may have to be padded, and blocks and batches may get smaller: `info` tells. Where prompts' K/V
+        depends on what is computed beside them, they are prefilled one by one. Raises BitwiseError where there is no
+        such decode path.
+        """
+        shapes, found = choose_shapes(
+            lambda least: self.probe(max_batch=max_batch, depth=depth, least=least, seconds=seconds),
+            drafts=self._loaded.drafter is not None,
+        )
+        self.bits, self._speculator.shapes = found, shapes
+        if shapes.max_rows < max_batch:
+            log.warning("batches are of %d rows at most: larger ones are not bitwise here", shapes.max_rows)
 
     def keep_prefixes(self, limit: int) -> None:
         """Keep up to `limit` bytes of K/V of prompts and outputs between calls, for prompts that begin alike."""
@@ -320,6 +386,7 @@ class Runtime:
                 "ring_bytes_per_request": spec.ring_bytes(),
             },
             "drafter": None,
+            "exactness": self._exactness(),
             "skipped_tensors": dict(loaded.skipped),
             "backend": str(mx.default_device()),
             "dtype": str(loaded.dtype).removeprefix("mlx.core."),
@@ -335,6 +402,23 @@ class Runtime:
                 **_sizes(loaded.drafter),
             }
         return out
+
+    def _exactness(self) -> dict[str, Any]:
+        """Whether `exact` holds to the last bit here, and what was done for it. Ready for JSON."""
+        (bitwise, differing), shapes = self._bitwise(), self._speculator.shapes
+        out: dict[str, Any] = {"bitwise": bitwise, "differing_shapes": list(differing)}
+        if self.bits is not None:
+            out |= {"probe": self.bits.describe(), "probe_seconds": round(self.bits.seconds, 3)}
+        if shapes is not None:
+            longest = [f"{rows}x{block}" for rows, block in shapes.longest.items()]
+            out |= {"steps_padded_to": shapes.least, "longest_blocks": longest}
+        return out
+
+    def _bitwise(self) -> tuple[bool | None, tuple[str, ...]]:
+        """What an output says of it; see `Generation`."""
+        if self._speculator.shapes is not None:
+            return True, ()
+        return (None, ()) if self.bits is None else (self.bits.bitwise, self.bits.differing_shapes)
 
     def _constrain(self, request: Request) -> Constraint | None:
         """The constraint of a request, started for its output."""
@@ -387,6 +471,7 @@ class Runtime:
         for request, output in zip(requests, outputs, strict=True):
             number, output.stats = scheduler.add(request)
             output.contract, output.timing = request.sampling.contract, timing
+            output.bitwise, output.differing_shapes = self._bitwise()
             least, asked = request.sampling.min_tokens, request.sampling.logprobs
             stream = None if self.text is None else self.text.stream(request.prompt)
             reader = None if stream is None else OutputReader(stream, request.stop, min_tokens=least)

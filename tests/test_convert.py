@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -16,11 +15,12 @@ import pytest
 
 from mlx_gemma_mtp import load
 from mlx_gemma_mtp.config import TargetConfig
-from mlx_gemma_mtp.convert import convert, stream
+from mlx_gemma_mtp.convert import convert, stream, trial
 from mlx_gemma_mtp.convert.checkpoint import Checkpoint, ConvertError
-from mlx_gemma_mtp.convert.fit import Fit, kv_bytes, parse_context, parse_memory
+from mlx_gemma_mtp.convert.fit import Fit, kv_bytes, parse_context, parse_memory, smallest_mac
+from mlx_gemma_mtp.convert.options import Options
 from mlx_gemma_mtp.convert.output import appearing
-from mlx_gemma_mtp.convert.pipeline import Options, TooLargeError, accepted_share, run
+from mlx_gemma_mtp.convert.pipeline import TooLargeError, accepted_share, run
 from mlx_gemma_mtp.convert.recipes import RECIPES
 from tests import tiny
 
@@ -125,6 +125,20 @@ def test_a_chunk_has_the_bits_of_the_whole(sources: Sources, tmp_path: Path, mon
         assert digests(tmp_path / f"whole-{recipe}") == digests(tmp_path / f"rows-{recipe}")
 
 
+@pytest.mark.parametrize("recipe", ["bf16", "4bit", "nvfp4"])
+def test_memory_does_not_grow_with_the_model(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """MLX's own peak, in pieces far smaller than a model of 1.3 MB."""
+    monkeypatch.setattr(stream, "_CHUNK", 4000)
+    monkeypatch.setattr(stream, "_SLOW_CHUNK", 400)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    convert(sources("moe"), tmp_path / "out", quantize=recipe, measure=False)
+    assert mx.get_peak_memory() - before < 100_000
+
+
 def mxfp4(rows: mx.array) -> tuple[mx.array, ...]:
     return tuple(mx.quantize(rows, group_size=32, bits=4, mode="mxfp4"))
 
@@ -185,7 +199,7 @@ def test_towers_are_copied_or_left_out(sources: Sources, tmp_path: Path) -> None
     record = convert(sources("dense"), tmp_path / "text", quantize="mxfp8", text_only=True, measure=False)
     assert not any(is_tower(k) for k in tensors(tmp_path / "text"))
     assert sum(n for rule, n in record["target"]["skipped"].items() if "on request" in rule) == len(given)
-    assert json.loads((tmp_path / "text" / "config.json").read_text())["vision_config"] is None
+    assert "vision_config" not in json.loads((tmp_path / "text" / "config.json").read_text())
     assert load(str(tmp_path / "text")).generate(PROMPT, max_tokens=2, ignore_eos=True).tokens
 
 
@@ -210,6 +224,40 @@ def test_float32_becomes_bfloat16(tmp_path: Path) -> None:
     made, given = tensors(tmp_path / "out"), tensors(tmp_path / "source")
     assert all(same_bits(made[k], given[k].astype(mx.bfloat16)) for k in given)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "edge", "edge2", "unified", "text"])
+def test_configs_of_both_forms_become_googles(tmp_path: Path, kind: tiny.Kind) -> None:
+    """mlx-lm and mlx-vlm know nothing of `per_layer_config`, and guess a vocabulary that isn't at the top."""
+    fields = (
+        "global_head_dim", "num_global_key_value_heads", "attention_k_eq_v", "num_kv_shared_layers", "vocab_size",
+        "hidden_size_per_layer_input", "vocab_size_per_layer_input", "use_double_wide_mlp", "enable_moe_block",
+    )  # fmt: skip
+    found = []
+    for style in ("google", "hf"):
+        tiny.write_pair(tmp_path / style, kind, style=style, dtype="bfloat16")
+        convert(tmp_path / style, tmp_path / f"{style}-out", measure=False)
+        configs = []
+        for place in (tmp_path / f"{style}-out", tmp_path / f"{style}-out" / "drafter"):
+            config = json.loads((place / "config.json").read_text())
+            text = config.get("text_config", config)
+            configs.append([text[key] for key in fields] + [config.get("vocab_size")])
+        assert configs[0][-1] == tiny.VOCAB
+        assert (configs[1][-1] is None) or kind == "text"
+        found.append(configs)
+    assert found[0] == found[1]
+
+
+def test_what_a_config_leaves_out_is_written_out(tmp_path: Path) -> None:
+    source, _ = tiny.write_pair(tmp_path / "source", "unified", dtype="bfloat16")
+    data = json.loads((source / "config.json").read_text())
+    for key in ("num_kv_shared_layers", "hidden_size_per_layer_input", "use_double_wide_mlp"):
+        del data["text_config"][key]
+    (source / "config.json").write_text(json.dumps(data))
+    convert(source, tmp_path / "out", measure=False)
+    text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert [text[k] for k in ("num_kv_shared_layers", "hidden_size_per_layer_input")] == [0, 0]
+    assert text["use_double_wide_mlp"] is False
 
 
 def test_mlx_checkpoints_are_read(sources: Sources, tmp_path: Path) -> None:
@@ -284,6 +332,12 @@ def test_fit_counts_weights_and_kv(sources: Sources, tmp_path: Path) -> None:
     assert record["fit"]["fits"] is True
     assert record["fit"]["weights_bytes"] == record["target"]["text_bytes"] + record["drafter"]["text_bytes"]
     assert record["target"]["text_bytes"] < record["target"]["bytes"]
+    record = convert(sources("edge2"), tmp_path / "out", context="4k", dry_run=True)
+    assert record["fit"]["memory_bytes"] == 8 << 30  # without a size: the smallest Mac that will do
+    assert smallest_mac(config, 20 << 30, 4096) == Fit(
+        memory=32 << 30, context=4096, weights=20 << 30, kv=kv_bytes(config, 4096)
+    )
+    assert smallest_mac(config, 2000 << 30, 4096) is None
     for bad in ("x", "0GB", "12TB"):
         with pytest.raises(ConvertError, match="expected a size"):
             convert(sources("edge2"), tmp_path / "out", fit=bad, dry_run=True)
@@ -308,37 +362,12 @@ def test_fit_suggests_the_recipe_that_fits(sources: Sources, tmp_path: Path, mon
         convert(sources("unified"), tmp_path / "out", fit="1GB", context=64)
     assert convert(sources("unified"), tmp_path / "out", quantize="6bit", fit="1GB", context=64, dry_run=True)["fit"]
     monkeypatch.setattr(fit, "WORK", usable)
-    with pytest.raises(TooLargeError, match="nor does any other"):
+    with pytest.raises(TooLargeError, match=r"nor does any other .* its GPU \([^()]*\)$"):
         convert(sources("unified"), tmp_path / "out", fit="1GB", context=64)
+    monkeypatch.setattr(fit, "WORK", usable - sizes["6bit"] - kv_bytes(config, 2048))
+    with pytest.raises(TooLargeError, match=r"--quantize mxfp4 with --context 2k would$"):
+        convert(sources("unified"), tmp_path / "out", fit="1GB", context=65536)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_hub_id_is_checked_before_it_is_fetched(
-    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From its config and headers alone; nothing else is asked for."""
-    import huggingface_hub
-
-    local = {"google/gemma-4-E2B-it": sources("edge2"), "google/gemma-4-E2B-it-assistant": sources("edge2") / "drafter"}
-
-    def headers(name: str, **_: object) -> SimpleNamespace:
-        parts: dict[str, SimpleNamespace] = {}
-        for e in Checkpoint(local[name]).tensors.values():
-            part = parts.setdefault(e.file.name, SimpleNamespace(tensors={}))
-            part.tensors[e.name] = SimpleNamespace(dtype=e.dtype, shape=list(e.shape), data_offsets=(0, e.size))
-        return SimpleNamespace(files_metadata=parts)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, **_: str(local[name] / file))
-    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", headers)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("it was fetched"))
-    record = convert("google/gemma-4-E2B-it", tmp_path / "out", quantize="4bit", fit="8GB", dry_run=True)
-    expected = convert(sources("edge2"), tmp_path / "out", quantize="4bit", fit="8GB", dry_run=True)
-    assert record["drafter"]["source"] == "google/gemma-4-E2B-it-assistant"
-    for key in ("bytes", "tensors", "unquantized", "skipped"):
-        assert record["target"][key] == expected["target"][key]
-        assert record["drafter"][key] == expected["drafter"][key]
-    with pytest.raises(TooLargeError, match="nor does any other"):
-        convert("google/gemma-4-E2B-it", tmp_path / "out", fit="1GB", context="4096k")
 
 
 def test_measuring(sources: Sources, tmp_path: Path) -> None:
@@ -368,8 +397,33 @@ def test_measuring(sources: Sources, tmp_path: Path) -> None:
     prompts = [[5, 9, 11, 300, 42], [17, 8, 99]]
     outputs = load(str(tmp_path / "out")).generate_batch(prompts, max_tokens=64, depth=4, ignore_eos=True)
     assert sum(o.stats.accepted for o in outputs) == written["accepted"]
-    assert "| mxfp4 | nvfp4 |" in (tmp_path / "out" / "README.md").read_text()
+    assert "| mxfp4  | nvfp4   |" in (tmp_path / "out" / "README.md").read_text()
     assert not (tmp_path / "out" / ".measure").exists()
+
+
+def test_what_does_not_fit_in_memory_is_not_measured(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "memory_limit", lambda: 1 << 20)
+    assert convert(sources("text"), tmp_path / "out")["measured"] is None
+    for options in ({"measure": True}, {"min_acceptance": 0.5}, {"compare": ["8bit"]}):
+        with pytest.raises(ConvertError, match=r"measuring takes .* this machine has 1\.05 MB"):
+            convert(sources("text"), tmp_path / "other", **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_recipes_of_one_name_are_refused(sources: Sources, tmp_path: Path) -> None:
+    pytest.importorskip("tomllib")
+    for folder, bits in (("a", 4), ("b", 8)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.toml").write_text(f"default = {{ bits = {bits} }}")
+    (tmp_path / "source.toml").write_text("default = { bits = 4 }")
+    mine, other = str(tmp_path / "a" / "mine.toml"), str(tmp_path / "b" / "mine.toml")
+    with pytest.raises(ConvertError, match="a recipe is called mine"):
+        convert(sources("text"), tmp_path / "out", quantize=mine, compare=[other])
+    with pytest.raises(ConvertError, match="a recipe is called source"):
+        convert(sources("text"), tmp_path / "out", compare_drafter=[str(tmp_path / "source.toml")])
+    convert(sources("text"), tmp_path / "out", quantize=mine, compare=[mine], dry_run=True)
 
 
 def test_an_existing_output_needs_force(sources: Sources, tmp_path: Path) -> None:

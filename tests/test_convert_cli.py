@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -42,8 +44,30 @@ def test_a_summary(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert call(source, "-o", tmp_path / "out", "-q", "4bit", "--no-measure", "--fit", "16GB", "--context", "32k") == 0
     shown = capsys.readouterr()
     assert shown.out == ""
-    for part in ("fits: 0.8 GB", "K/V of 32,768 tokens", "output: 0.", "free on the disk", "target   4bit", "written"):
+    for part in (
+        "fits: 0.8 of the 11.5 GB",
+        "of 32,768 tokens",
+        "output: 0.",
+        "free on the disk",
+        "target   4bit",
+        "written",
+    ):
         assert part in shown.err, part
+
+
+def test_a_terminal_shows_how_far_it_is(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    (tmp_path / "ids.jsonl").write_text("[5, 9, 11, 300, 42]\n")
+    assert call(source, "-o", tmp_path / "out", "-q", "4bit", "--measure", tmp_path / "ids.jsonl") == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    tensors = json.loads((tmp_path / "out" / "conversion.json").read_text())["target"]["tensors"]
+    assert re.search(rf"converting the target .*{len(tensors)}/{len(tensors)} tensors, [\d.]+ MB of [\d.]+ MB,", shown)
+    assert "measuring 4bit with drafter 4bit" in shown
+    assert "| target | drafter | accepted per round |" in shown
 
 
 def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

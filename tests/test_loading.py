@@ -712,16 +712,20 @@ OFFICIAL = "google/gemma-4-{}-it-assistant"
         ("mlx-community/gemma-4-e2b-it-bf16", "E2B"),
         ("mlx-community/gemma-4-26b-a4b-it-4bit", "26B-A4B"),
         ("mlx-community/gemma-4-31B-it-mxfp8", "31B"),
-        ("someone/gemma-4-12b-it-qat-q4_0-unquantized", "12B"),
+        ("google/gemma-4-26B-A4B-it-qat-q4_0-unquantized", "26B-A4B"),
+        ("someone/gemma-4-12b-it-qat-4bit", "12B"),
     ],
 )
 def test_the_official_drafter_of_a_hub_id(
     hub: Hub, originals: Callable[..., Path], tmp_path: Path, source: str, size: str
 ) -> None:
     hub.places[source] = hub.places["owner/model"]
-    hub.places[OFFICIAL.format(size)] = originals() / "drafter"
+    drafter = OFFICIAL.format(size)
+    if "-qat" in source:
+        drafter = drafter.replace("-assistant", "-qat-q4_0-unquantized-assistant")
+    hub.places[drafter] = originals() / "drafter"
     loaded = load_pair(source)
-    assert hub.asked == [(source, None), (OFFICIAL.format(size), None)]
+    assert hub.asked == [(source, None), (drafter, None)]
     assert loaded.drafter_path == originals() / "drafter"
 
 

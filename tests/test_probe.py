@@ -57,7 +57,7 @@ def test_blocks_of_the_demo_pair_are_single_steps_bit_for_bit(demo: Loaded) -> N
 def test_a_wrapped_ring_and_every_capacity(tmp_path: Path, compiled: bool) -> None:
     write_pair(tmp_path, "unified", seed=3)
     loaded = load_pair(str(tmp_path), drafter=None, dtype="float32")
-    widths = Widths(rows=(1, 2), blocks=(2, 3), keys=(5, 507), single_rows=2, compiled=compiled)
+    widths = Widths(rows=(1, 2), blocks=(2, 3), keys=(5, 507), least=2, compiled=compiled)
     result = probe(loaded.target, demo_spec(loaded), widths, vocab_size=512)
     assert result.bitwise
     assert {(w.keys, w.capacity) for w in result.widths} == {(5, 512), (5, 1024), (507, 512), (507, 1024)}
@@ -115,7 +115,7 @@ def test_what_a_full_probe_covers() -> None:
     assert Widths.quick(4, 6, 20).keys == (13,)
 
 
-@pytest.mark.parametrize("bad", [{"rows": ()}, {"blocks": (0,)}, {"keys": (0,)}, {"single_rows": 0}])
+@pytest.mark.parametrize("bad", [{"rows": ()}, {"blocks": (0,)}, {"keys": (0,)}, {"least": 0}, {"least": 2}])
 def test_impossible_widths(bad: dict[str, object]) -> None:
     fields: dict[str, object] = {"rows": (1,), "blocks": (1,), "keys": (1,)}
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -181,6 +181,9 @@ class TestKept:
 
     def test_the_users_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sys.platform", "linux")
+        monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", "/elsewhere")
+        assert cache_folder() == Path("/elsewhere")
+        monkeypatch.delenv("MLX_GEMMA_MTP_CACHE")
         monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
         assert cache_folder() == Path("/caches/mlx-gemma-mtp")
 

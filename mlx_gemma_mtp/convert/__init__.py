@@ -43,7 +43,8 @@ def convert(
     `min_acceptance` raises nothing here: `pipeline.accepted_share` tells it, and the command line's exit code.
     """
     from .fit import parse_context, parse_memory
-    from .pipeline import Options, Watcher, run
+    from .options import Options, Watcher
+    from .pipeline import run
 
     options = Options(
         source=str(source),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from .pipeline import Options, Watcher
+    from rich.progress import Progress
+    from rich.status import Status
+
+    from .options import Options, Watcher
     from .stream import Advance
 
 _WORSE = 3
@@ -73,7 +77,8 @@ def convert(
 ) -> None:
     """Convert and quantize a model and its drafter, and measure what that costs."""
     from .fit import parse_context, parse_memory
-    from .pipeline import Options, accepted_share, run
+    from .options import Options
+    from .pipeline import accepted_share, run
 
     if measure is not None and no_measure:
         raise typer.BadParameter("--measure and --no-measure can't be given together")
@@ -96,7 +101,7 @@ def convert(
         depth=depth,
         min_acceptance=min_acceptance,
     )
-    with _watcher(quiet=as_json) as watch:
+    with _cleaning_up_when_terminated(), _watcher(quiet=as_json) as watch:
         record = run(options, watch)
     if as_json:
         typer.echo(json.dumps(record))
@@ -118,56 +123,96 @@ def _note(text: str) -> None:
 
 
 @contextmanager
+def _cleaning_up_when_terminated() -> Iterator[None]:
+    """Let a plain `kill` unwind as Ctrl-C does, so that the unfinished output is removed."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def _watcher(*, quiet: bool) -> Iterator[Watcher]:
-    from .pipeline import Watcher
+    from .options import Watcher
 
     if quiet:
         yield Watcher()
     elif not sys.stderr.isatty():
         yield Watcher(note=_note, stage=_note)
     else:
-        with _Bar() as bar:
-            yield Watcher(note=_note, stage=bar.stage, progress=bar.advance)
+        with _Display() as display:
+            yield Watcher(note=display.note, stage=display.stage, progress=display.advance)
 
 
-class _Bar:
-    """A bar on stderr: tensors, gigabytes and the time left."""
+class _Display:
+    """One changing line on stderr: what is going on; while tensors are written a bar, their bytes and the time left."""
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> _Display:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[tensors]} tensors, {task.fields[size]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task("", total=None, tensors="0", size="0 GB")
+        self._console = Console(stderr=True)
+        self._what = ""
+        self._status: Status | None = None
+        self._bar: Progress | None = None
         self._shown = 0.0
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._clear()
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def stage(self, what: str) -> None:
         """Begin something new."""
-        self._bar.reset(self._task, description=what, total=None, tensors="0", size="0 GB")
+        self._clear()
+        self._what = what
+        self._status = self._console.status(what)
+        self._status.start()
 
     def advance(self, at: Advance) -> None:
         """Show how far it is, a few times a second."""
+        from .output import gigabytes
+
         if time.monotonic() - self._shown < 0.1 and at.tensors_done < at.tensors:
             return
         self._shown = time.monotonic()
-        self._bar.update(
-            self._task,
-            total=at.bytes,
+        bar = self._bar or self._start_bar(at.bytes)
+        bar.update(
+            bar.task_ids[0],
             completed=at.bytes_done,
             tensors=f"{at.tensors_done}/{at.tensors}",
-            size=f"{at.bytes_done / 1e9:.2f}/{at.bytes / 1e9:.2f} GB",
+            size=f"{gigabytes(at.bytes_done)} of {gigabytes(at.bytes)}",
         )
+
+    def _start_bar(self, total: int) -> Progress:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._clear()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[tensors]} tensors, {task.fields[size]},"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        self._bar = Progress(*columns, console=self._console, transient=True)
+        self._bar.add_task(self._what, total=total, tensors="0", size="")
+        self._bar.start()
+        return self._bar
+
+    def _clear(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+        if self._bar is not None:
+            self._bar.stop()
+        self._status = self._bar = None
 
 
 def _print_summary(record: dict[str, Any], options: Options) -> None:
@@ -180,9 +225,14 @@ def _print_summary(record: dict[str, Any], options: Options) -> None:
             lines.append(f"{role:<8} {model['recipe']['name']:<8} {gigabytes(model['bytes'])}, {bits}")
             if model["unquantized"]:
                 lines.append(f"{'':<8} unquantized, as no group divides the width: {summarized(model['unquantized'])}")
+    if record["drafter"] is None:
+        lines.append("drafter  none: no drafts, plain decoding")
     if record["measured"]:
-        lines += ["", *measured_tables(record["measured"])]
+        lines += ["", *measured_tables(record["measured"]), ""]
     elif not options.dry_run:
-        lines.append("not measured")
-    lines.append(f"nothing written to {options.out}" if options.dry_run else f"written to {options.out}")
+        lines.append("not measured" + ("" if options.measure is False else ": the source doesn't fit in memory"))
+    if options.dry_run:
+        lines.append(f"nothing written to {options.out}")
+    else:
+        lines.append(f"written to {options.out}; to run it: mlx-gemma-mtp generate --model {options.out} PROMPT")
     _note("\n".join(lines))

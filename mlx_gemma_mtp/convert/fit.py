@@ -10,6 +10,7 @@ from ..config import TargetConfig
 from .checkpoint import ConvertError
 
 _GIB = 1 << 30
+_MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
 _KV_BYTES = 2
 _RING_SLACK = 32
 WORK = 3 * _GIB // 4
@@ -52,9 +53,9 @@ class Fit:
 
     def __str__(self) -> str:
         return (
-            f"{self.needed / 1e9:.1f} GB (weights {self.weights / 1e9:.1f}, K/V of {self.context:,} tokens "
-            f"{self.kv / 1e9:.2f}, work {WORK / 1e9:.1f}) of the {self.usable / 1e9:.1f} GB that a Mac of "
-            f"{self.memory // _GIB} GB gives to its GPU"
+            f"{self.needed / 1e9:.1f} of the {self.usable / 1e9:.1f} GB that a Mac of {self.memory // _GIB} GB gives "
+            f"to its GPU (weights {self.weights / 1e9:.2f}, K/V of {self.context:,} tokens {self.kv / 1e9:.2f}, "
+            f"work {WORK / 1e9:.1f})"
         )
 
 
@@ -65,6 +66,22 @@ def kv_bytes(config: TargetConfig, context: int) -> int:
         tokens = context if slot.window is None else min(context, slot.window) + _RING_SLACK
         total += 2 * slot.kv_heads * slot.head_dim * _KV_BYTES * tokens
     return total
+
+
+def smallest_mac(config: TargetConfig, weights: int, context: int) -> Fit | None:
+    """The fit on the Mac with the least memory that takes it, or None if none does."""
+    kv = kv_bytes(config, context)
+    fits = (Fit(memory=size * _GIB, context=context, weights=weights, kv=kv) for size in _MACS)
+    return next((fit for fit in fits if fit.fits), None)
+
+
+def longest_context(memory: int, config: TargetConfig, weights: int) -> int:
+    """The most tokens, a multiple of 1,024 and at most the model's own limit, that fit beside `weights`; or 0."""
+
+    def fits(context: int) -> bool:
+        return Fit(memory=memory, context=context, weights=weights, kv=kv_bytes(config, context)).fits
+
+    return max((n for n in range(1024, config.max_positions + 1, 1024) if fits(n)), default=0)
 
 
 def parse_memory(text: str) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from .checkpoint import Checkpoint, ConvertError, Entry, read_json
 
 
 class Preview(Checkpoint):
-    """A checkpoint on the hub: names, types and shapes, and no bytes to read."""
+    """A checkpoint on the hub: names, types and shapes, and nothing to read. `absent` bytes are still to be fetched."""
 
-    def __init__(self, name: str, config: Path, entries: list[Entry]) -> None:
+    def __init__(self, name: str, config: Path, entries: list[Entry], absent: int) -> None:
         self.directory, self.files, self._descriptors = Path(name), [], {}
+        self.absent = absent
         self.config = read_json(config)
         self.tensors = {e.name: e for e in entries}
 
@@ -46,4 +48,27 @@ def preview(source: str, revision: str | None) -> Preview | None:
         for file, part in files.items()
         for name, info in part.tensors.items()
     ]
-    return Preview(source, config, entries)
+    return Preview(source, config, entries, _absent(source, revision, entries))
+
+
+def cache_directory() -> Path:
+    """Where the hub's files go."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _absent(source: str, revision: str | None, entries: list[Entry]) -> int:
+    """Bytes that aren't in the hub's cache yet; the beginning of a file whose download broke off is."""
+    from huggingface_hub import try_to_load_from_cache
+
+    sizes: Counter[str] = Counter()
+    for entry in entries:
+        sizes[str(entry.file)] += entry.size
+    absent = sum(
+        size
+        for file, size in sizes.items()
+        if not isinstance(try_to_load_from_cache(source, file, revision=revision), str)
+    )
+    blobs = cache_directory() / f"models--{source.replace('/', '--')}" / "blobs"
+    return max(0, absent - sum(part.stat().st_size for part in blobs.glob("*.incomplete")))

@@ -17,7 +17,7 @@ from ..runtime import Runtime, load
 from ..stats import SpecStats
 from .prompts import PromptSet
 
-_MAX_SCORED = 512
+_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +39,16 @@ def measure_pairs(
     scratch: Path,
     depth: int = 4,
     tokens: int = 64,
+    limit: int = 512,
     note: Note | None = None,
 ) -> dict[str, Any]:
     """Compare every target with the first, the reference, and try every drafter with every target.
 
     The reference answers each prompt greedily with up to `tokens` tokens; all targets are scored on prompt and
-    answer. `scratch` is a directory for the reference's distributions, which large vocabularies make large.
+    answer, `limit` tokens at most. `scratch` is a directory for the reference's distributions, which large
+    vocabularies make large.
     """
-    reference = _Reference(targets[0], prompts, tokens, scratch)
+    reference = _Reference(targets[0], prompts, tokens, limit, scratch)
     fidelity: dict[str, Any] = {}
     acceptance: list[dict[str, Any]] = []
     for target in targets:
@@ -82,11 +84,11 @@ def _or_none(drafters: Sequence[Candidate]) -> Sequence[Candidate | None]:
 class _Reference:
     """The source's answers, and its log-probabilities on disk."""
 
-    def __init__(self, source: Candidate, prompts: PromptSet, tokens: int, scratch: Path) -> None:
+    def __init__(self, source: Candidate, prompts: PromptSet, tokens: int, limit: int, scratch: Path) -> None:
         runtime = load(str(source.path), drafter=None)
         self.ids = [prompt_ids(runtime, p) for p in prompts.prompts(runtime.config.vocab_size)]
         outputs = runtime.generate_batch(self.ids, max_tokens=tokens, depth=0, ignore_eos=prompts.ids, max_batch=8)
-        self.sequences = [(ids + o.tokens)[:_MAX_SCORED] for ids, o in zip(self.ids, outputs, strict=True)]
+        self.sequences = [(ids + o.tokens)[:limit] for ids, o in zip(self.ids, outputs, strict=True)]
         self.answered = sum(len(o.tokens) for o in outputs)
         self.count = sum(len(s) - 1 for s in self.sequences)
         self._files = [scratch / f"reference-{i}.npy" for i in range(len(self.ids))]
@@ -97,13 +99,15 @@ class _Reference:
         """Means over all scored tokens."""
         kl = agreed = theirs = ours = 0.0
         for file, sequence in zip(self._files, self.sequences, strict=True):
-            p, q = mx.load(str(file)), _log_probabilities(runtime, sequence)
-            assert isinstance(p, mx.array)
-            following = mx.array(sequence[1:])[:, None]
-            kl += _sum(mx.exp(p) * (p - q))
-            agreed += _sum(mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1))
-            theirs -= _sum(mx.take_along_axis(p, following, axis=-1))
-            ours -= _sum(mx.take_along_axis(q, following, axis=-1))
+            whole, own = mx.load(str(file)), _log_probabilities(runtime, sequence)
+            assert isinstance(whole, mx.array)
+            for first in range(0, len(sequence) - 1, _ROWS):
+                p, q = whole[first : first + _ROWS], own[first : first + _ROWS]
+                following = mx.array(sequence[first + 1 : first + 1 + p.shape[0]])[:, None]
+                kl += _sum(mx.exp(p) * (p - q))
+                agreed += _sum(mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1))
+                theirs -= _sum(mx.take_along_axis(p, following, axis=-1))
+                ours -= _sum(mx.take_along_axis(q, following, axis=-1))
         return {
             "mean_kl": max(kl / self.count, 0.0),
             "top1_agreement": agreed / self.count,

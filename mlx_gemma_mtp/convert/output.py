@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -108,15 +108,26 @@ def _alive(process: int) -> bool:
     return True
 
 
-def check_space(out: Path, needed: int) -> int:
-    """Free bytes where `out` will be. Raises ConvertError if `needed` don't fit."""
-    place = out.absolute().parent
-    while not place.exists():
-        place = place.parent
+def check_space(out: Path, needed: int, *, cache: Path | None = None, absent: int = 0) -> int:
+    """Free bytes where `out` will be. Raises ConvertError if `needed` don't fit, or `absent` in the hub's `cache`."""
+    place, what = _existing(out.absolute().parent), "the output takes"
+    if cache is not None and absent:
+        stored = _existing(cache)
+        if stored.stat().st_dev == place.stat().st_dev:
+            needed, what = needed + absent, "the files to fetch and the output take"
+        elif absent > (room := shutil.disk_usage(stored).free):
+            raise ConvertError(f"the files to fetch take {gigabytes(absent)}, {stored} has {gigabytes(room)} free")
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise ConvertError(f"the output takes {gigabytes(needed)}, {place} has {gigabytes(free)} free")
+        raise ConvertError(f"{what} {gigabytes(needed)}, {place} has {gigabytes(free)} free")
     return free
+
+
+def _existing(place: Path) -> Path:
+    """`place`, or what there is above it."""
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def copy_side_files(source: Path, out: Path, config: Mapping[str, Any]) -> list[str]:
@@ -144,7 +155,8 @@ def model_card(record: Mapping[str, Any]) -> str:
     """A README for the output, made of its record alone."""
     target, drafter = record["target"], record["drafter"]
     lines = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags: [mlx, mlx-gemma-mtp]"]
-    lines += [f"base_model: {m['source']}" for m in (target,) if m["revision"]]
+    if target["revision"] and not Path(target["source"]).is_absolute():
+        lines += [f"base_model: {target['source']}", "base_model_relation: quantized"]
     lines += ["---", "", f"# {Path(target['source']).name or 'Gemma 4'}, {target['recipe']['name']}", ""]
     tool = record["versions"]
     lines.append(f"Converted by mlx-gemma-mtp {tool['mlx_gemma_mtp']} with mlx {tool['mlx']}; details in `{RECORD}`.")
@@ -153,7 +165,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     for role, model in (("target", target), ("drafter", drafter)):
         if model is not None:
             lines.append(
-                f"| {role} | {model['source']} | {model['revision'] or 'local'} | {model['recipe']['name']} | "
+                f"| {role} | {_shown(model)} | {model['revision'] or 'local'} | {model['recipe']['name']} | "
                 f"{model['bits_per_weight']:.2f} | {gigabytes(model['bytes'])} |"
             )
     kept = {role: m["unquantized"] for role, m in (("target", target), ("drafter", drafter)) if m and m["unquantized"]}
@@ -165,6 +177,12 @@ def model_card(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _shown(model: Mapping[str, Any]) -> str:
+    """A source's name for others to read: of a directory the last part, as the rest is nobody's business."""
+    source = str(model["source"])
+    return Path(source).name if Path(source).is_absolute() else source
+
+
 def summarized(paths: Iterable[str]) -> str:
     """Module paths, those of many layers as one: "layers.*.mlp.up_proj (8)"."""
     counts = Counter(re.sub(r"\blayers\.\d+\.", "layers.*.", path) for path in paths)
@@ -173,21 +191,30 @@ def summarized(paths: Iterable[str]) -> str:
 
 def measured_tables(measured: Mapping[str, Any]) -> list[str]:
     """Markdown tables of fidelity by target, and of acceptance by target and drafter."""
-    lines = [
+    first = (
         f"{measured['prompts']} prompts ({measured['prompt_set']}), {measured['scored_tokens']} tokens scored, "
-        f"greedy, {measured['depth']} drafts a round.",
-        "",
-        "| target | mean KL | top-1 agreement | perplexity ratio |",
-        "|---|---|---|---|",
-    ]
+        f"greedy, {measured['depth']} drafts a round."
+    )
+    fidelity = [["target", "mean KL", "top-1 agreement", "perplexity ratio"]]
     for name, row in measured["fidelity"].items():
-        lines.append(f"| {name} | {row['mean_kl']:.5f} | {row['top1_agreement']:.1%} | {row['perplexity_ratio']:.4f} |")
+        fidelity.append(
+            [name, f"{row['mean_kl']:.5f}", f"{row['top1_agreement']:.1%}", f"{row['perplexity_ratio']:.4f}"]
+        )
+    lines = [first, "", *markdown_table(fidelity)]
     if measured["acceptance"]:
-        lines += ["", "| target | drafter | accepted per round | acceptance by draft position |", "|---|---|---|---|"]
+        acceptance = [["target", "drafter", "accepted per round", "acceptance by draft position"]]
         for row in measured["acceptance"]:
             shares = ", ".join(f"{x:.0%}" for x in row["acceptance_per_position"])
-            lines.append(f"| {row['target']} | {row['drafter']} | {row['accepted_per_round']:.2f} | {shares} |")
+            acceptance.append([row["target"], row["drafter"], f"{row['accepted_per_round']:.2f}", shares])
+        lines += ["", *markdown_table(acceptance)]
     return lines
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, the first row its head; columns are aligned, for terminals."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
 
 
 def remove_quietly(path: Path) -> None:

@@ -19,13 +19,15 @@ from ..models.drafter import Drafter
 from ..models.linear import WeightsError
 from ..models.target import Target
 from .checkpoint import Checkpoint, ConvertError, Entry
-from .names import MLX_NAMES, Destination, MlxNames, Skipped, canonical_path
+from .configs import output_config
+from .names import MLX_NAMES, Destination, Skipped, canonical_path
 from .quantize import DTYPES, packed_shapes
 from .recipes import Recipe
 from .writer import Slot
 
 _Model = TypeVar("_Model", Target, Drafter)
 _PACKED_PARTS = (".scales", ".biases")
+_TOWER = "vision or audio tower"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,12 @@ class ModelPlan:
     @property
     def text_bytes(self) -> int:
         """What this runtime keeps in memory: all but vision and audio."""
-        return sum(o.bytes for o in self.outputs if "tower" not in o.reason)
+        return sum(o.bytes for o in self.outputs if o.reason != _TOWER)
+
+    @property
+    def text_source_bytes(self) -> int:
+        """The same of the source."""
+        return sum(o.source_bytes for o in self.outputs if o.reason != _TOWER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +182,7 @@ def _plan(
                 planner.add(entry, place)
     outputs = sorted(planner.outputs, key=lambda o: (o.sources[0].file, o.sources[0].begin, o.part))
     _refuse_twins(outputs)
-    config = _output_config(source.config, outputs, recipe, names, text_only)
+    config = _config(source.config, layers, outputs, recipe, text_only=text_only)
     return ModelPlan(
         source=source,
         config=config,
@@ -211,7 +218,7 @@ class _Planner:
             # Vision and audio: as they are, packed parts included.
             for part, suffix in zip((entry, *packed), (".weight", *_PACKED_PARTS), strict=False):
                 name = place.name if part is entry else place.name.removesuffix(".weight") + suffix
-                self._copy(part, name, "vision or audio tower")
+                self._copy(part, name)
             return
         path = place.canonical.removesuffix(".weight")
         source_spec = None
@@ -221,12 +228,12 @@ class _Planner:
             source_spec = self.overrides.get(path, self.quantization.default)
         self._matrix(entry, tuple(packed) if source_spec else (), source_spec, place, path)
 
-    def _copy(self, entry: Entry, name: str, reason: str) -> None:
+    def _copy(self, entry: Entry, name: str) -> None:
         slot = Slot(name=name, dtype=entry.dtype, shape=entry.shape)
         self.outputs.append(
             Output(
                 path=name.removesuffix(".weight"), sources=(entry,), source_spec=None, spec=None, grid="minmax",
-                reason=reason, part=0, parts=1, rows=entry.rows, columns=entry.columns, slots=(slot,),
+                reason=_TOWER, part=0, parts=1, rows=entry.rows, columns=entry.columns, slots=(slot,),
             )
         )  # fmt: skip
 
@@ -293,27 +300,12 @@ def _refuse_twins(outputs: list[Output]) -> None:
             seen[slot.name] = output
 
 
-def _output_config(
-    data: Mapping[str, Any], outputs: list[Output], recipe: Recipe, names: MlxNames, text_only: bool
+def _config(
+    data: Mapping[str, Any], layers: tuple[LayerSpec, ...], outputs: list[Output], recipe: Recipe, *, text_only: bool
 ) -> dict[str, Any]:
-    """The source's config with MLX's `quantization` and the type that unquantized tensors have now."""
-    config = {k: v for k, v in data.items() if k not in ("quantization", "quantization_config")}
-    if "text_config" in config:
-        config["text_config"] = dict(config["text_config"])
-    for place in (config, config.get("text_config", {})):
-        for key in ("dtype", "torch_dtype"):
-            if place.get(key) in ("float32", "float64"):
-                place[key] = "bfloat16"
-    if text_only:
-        config |= {key: None for key in ("vision_config", "audio_config") if key in config}
-    used = {o.path: o.spec for o in outputs if o.spec is not None}
-    used |= _packed_towers(data, outputs)
-    if used:
-        common = recipe.default or Counter(used.values()).most_common(1)[0][0]
-        entry = _spec_entry(common)
-        entry |= {path: _spec_entry(spec) for path, spec in sorted(used.items()) if spec != common}
-        config["quantization"] = config["quantization_config"] = entry
-    return config
+    used = {o.path: o.spec for o in outputs if o.spec is not None} | _packed_towers(data, outputs)
+    common = recipe.default or (Counter(used.values()).most_common(1)[0][0] if used else None)
+    return output_config(data, layers, used, common, text_only=text_only)
 
 
 def _packed_towers(data: Mapping[str, Any], outputs: list[Output]) -> dict[str, QuantSpec]:
@@ -324,10 +316,6 @@ def _packed_towers(data: Mapping[str, Any], outputs: list[Output]) -> dict[str, 
     named = dict(quantization.overrides)
     scaled = [o.path.removesuffix(".scales") for o in outputs if o.spec is None and o.path.endswith(".scales")]
     return {path: named.get(path, quantization.default) for path in scaled}
-
-
-def _spec_entry(spec: QuantSpec) -> dict[str, Any]:
-    return {"group_size": spec.group_size, "bits": spec.bits, "mode": spec.mode}
 
 
 def _check(target: ModelPlan, drafter: ModelPlan | None) -> None:

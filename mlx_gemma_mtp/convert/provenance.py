@@ -72,8 +72,7 @@ def known_hashes(files: Sequence[Path]) -> dict[str, str]:
     for file in files:
         # The hub's cache names a file's content after its hash; its downloads into a directory note it.
         blob = file.resolve().name
-        note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
-        etag = note.read_text().splitlines()[1:2] if note.is_file() else []
+        etag = _download_note(file)[1:2]
         for found in (blob, *etag):
             if _SHA256.fullmatch(found):
                 out[file.name] = found
@@ -96,8 +95,17 @@ def _recorded(directory: Path) -> dict[str, str]:
 
 
 def revision_of(directory: Path) -> str | None:
-    """The commit of a directory in the hub's cache, or None."""
-    return directory.name if directory.parent.name == "snapshots" and _COMMIT.fullmatch(directory.name) else None
+    """The commit of a directory in the hub's cache, or of one that the hub's client filled, or None."""
+    if directory.parent.name == "snapshots" and _COMMIT.fullmatch(directory.name):
+        return directory.name
+    note = _download_note(directory / "config.json")
+    return note[0] if note and _COMMIT.fullmatch(note[0]) else None
+
+
+def _download_note(file: Path) -> list[str]:
+    """What the hub's client notes beside a file that it fetched into a directory: commit, hash or tag, time."""
+    note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+    return note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
 
 
 def versions() -> dict[str, str]:
