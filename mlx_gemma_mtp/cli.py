@@ -272,9 +272,11 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 64,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="For requests that don't say.")] = 4096,
-    prefill_budget: Annotated[int, typer.Option(min=1, help="Prompt tokens per step.")] = 2048,
-    kv_budget: Annotated[str | None, typer.Option(metavar="8GB", help="Memory for K/V.")] = None,
-    prefix_cache: Annotated[str, typer.Option(metavar="2GB", help="Memory for prefixes kept.")] = "0",
+    prefill_budget: Annotated[int, typer.Option(min=1, help="Prompt tokens per step.")] = 512,
+    kv_budget: Annotated[
+        str | None, typer.Option(metavar="8GB", help="Memory for K/V; what the device recommends, less the weights.")
+    ] = None,
+    prefix_cache: Annotated[str, typer.Option(metavar="2GB", help="Memory for prefixes of chats; 0: none.")] = "1GB",
     max_body: Annotated[str, typer.Option(metavar="4MiB", help="Largest body of a request.")] = "4MiB",
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that answers get to finish at the end.")] = 30.0,

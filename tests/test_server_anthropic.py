@@ -144,12 +144,18 @@ def test_tool_choice(choice: dict[str, Any], held: bool) -> None:
     assert list(fake.request.sampling.suppress_tokens) == [48]
 
 
-def test_output_config() -> None:
-    fake, schema = Fake("{}"), {"type": "object"}
-    fake.message(output_config={"format": {"type": "json_schema", "schema": schema}})
-    assert fake.request.sampling.constraint == JsonSchema(schema)
-    fake.message(output_config={"effort": "low"}, thinking={"type": "adaptive"})
-    assert fake.request.sampling.constraint == ThinkingBudget(512)
+@pytest.mark.parametrize(
+    ("more", "constraint"),
+    [
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+         JsonSchema({"type": "object"})),
+        ({"output_config": {"effort": "low"}, "thinking": {"type": "adaptive"}}, ThinkingBudget(512)),
+    ],
+)  # fmt: skip
+def test_output_config(more: dict[str, Any], constraint: object) -> None:
+    fake = Fake("{}")
+    fake.message(**more)
+    assert fake.request.sampling.constraint == constraint
 
 
 @pytest.mark.parametrize(

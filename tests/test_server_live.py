@@ -26,15 +26,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning"),
 ]
 
-FRANCE = {"role": "user", "content": "What is the capital of France?"}
-STORY = {"role": "user", "content": "Tell me a story about a squirrel."}
-GREEDY = {"temperature": 0}
+FRANCE: Any = {"role": "user", "content": "What is the capital of France?"}
+STORY: Any = {"role": "user", "content": "Tell me a story about a squirrel."}
+GREEDY: Any = {"temperature": 0}
 PARAMETERS = {
     "type": "object",
     "properties": {"city": {"type": "string", "description": "The name of the city."}},
     "required": ["city"],
 }
-WEATHER = {"role": "user", "content": "How is the weather in Paris?"}
+WEATHER: Any = {"role": "user", "content": "How is the weather in Paris?"}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ class TestOpenai:
         assert calls[0].type == "function"
         assert (calls[0].function.name, json.loads(calls[0].function.arguments)) == ("get_weather", {"city": "Paris"})
         messages = [*messages, got.choices[0].message, {
-            "role": "tool", "tool_call_id": calls[0].id, "content": '{"sky": "sunny", "degrees": 21}'}]  # type: ignore[list-item] # fmt: skip
+            "role": "tool", "tool_call_id": calls[0].id, "content": '{"sky": "sunny", "degrees": 21}'}]  # fmt: skip
         answer = gpt.chat.completions.create(model="demo", messages=messages, tools=tools, temperature=0)
         assert answer.choices[0].finish_reason == "stop"
         assert answer.choices[0].message.content
