@@ -216,8 +216,8 @@ def greeting(rt: Runtime, options: Options, port: int) -> str:
         [
             f"{options.names[0]} at {url} (page), {url}/v1 (OpenAI), {url}/v1/messages (Anthropic)",
             f"memory: {_size(weights)} of weights; K/V {_size(kv * 1000)} per 1,000 tokens, at most {_size(row)} for a "
-            f"request of {rt.config.max_positions:,} tokens, {options.max_batch} at a time; {_size(options.prefix_cache)} "
-            "for prefixes at most",
+            f"request of {rt.config.max_positions:,} tokens, {options.max_batch} at a time; at most "
+            f"{_size(options.prefix_cache)} for prefixes",
             f"try: curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
         ]
     )
