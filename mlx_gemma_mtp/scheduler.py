@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -47,6 +48,9 @@ class _Launched:
     traced: bool
 
 
+Pipelined = Literal["all", "plain", "none"]
+"""Rounds that are launched ahead. On a CPU, whose cores also build the graph, only plain ones gain by it."""
+
 _BLOCKS = (1, 2, 4)
 """Depths to which a block is cut: few, as each is a shape of its own."""
 
@@ -62,8 +66,9 @@ class Scheduler:
     prompts and outputs that are over, for prompts that begin alike. `constrain` starts a request's constraint, or
     raises ValueError.
 
-    With `pipelined`, the next round is handed to the device before the last one's tokens are read, wherever nothing
-    that they say could change it (but a stop: then a row computes one round in vain). Depths then lag by one round.
+    The next round is handed to the device before the last one's tokens are read, wherever nothing that they say could
+    change it (but a stop: then a row computes one round in vain); depths then lag by one round. `pipelined` says for
+    which rounds: all, or those without drafts, or none.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class Scheduler:
         kv_budget: int | None = None,
         prefix_cache: int | PrefixCache = 0,
         constrain: Callable[[Request], Constraint | None] = lambda _: None,
-        pipelined: bool = True,
+        pipelined: Pipelined = "plain",
     ) -> None:
         for name, value in (("max_batch", max_batch), ("chunk", chunk), ("prefill_budget", prefill_budget)):
             if value < 1:
@@ -347,7 +352,9 @@ class Scheduler:
 
     def _may_go_ahead(self, flight: Flight) -> bool:
         """Whether the next round can be launched, and is likely to be of use, before this one's tokens are known."""
-        if not self._pipelined or self._closing or self._depth.min_chain > 0 or self.running == 0:
+        if self._closing or self._depth.min_chain > 0 or self.running == 0:
+            return False
+        if self._pipelined == "none" or (self._pipelined == "plain" and flight.block.depth):
             return False
         jobs = [job for job in self._rows if job is not None]
         ending = sum(job.request.max_tokens - job.stats.tokens <= flight.verified for job in jobs)
