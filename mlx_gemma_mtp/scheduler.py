@@ -207,7 +207,9 @@ class Scheduler:
             if running is not None and running.id == request_id:
                 self._close(row)
                 self._shrink()
-                self._pending = [event for event in self._pending if event.request_id != request_id]
+                unsaid = [event for event in self._pending if event.request_id == request_id]
+                running.stats.cut += sum(len(event.tokens) for event in unsaid)
+                self._pending = [event for event in self._pending if event not in unsaid]
                 return True
         return False
 
@@ -338,9 +340,9 @@ class Scheduler:
         assert self._block is not None
         self._batch_at_risk = True
         self._block = self._speculator.fitted(self._block)
-        self._offered = [min(n, self._block.depth) for n in self._offered]
         context, traces, depths = self._context(), self._speculator.traces, self._plan(ahead=ahead)
-        masks = self._masks(self._rows, self._block, self._offered)
+        # Of a round that is ahead, what is offered isn't known yet; it has no row with a constraint.
+        masks = self._masks(self._rows, self._block, [min(n, self._block.depth) for n in self._offered])
         self._depth.begin()
         flight = self._speculator.launch(
             self._cache, self._block, depths, self._sampler, masks, min_chain=self._depth.min_chain, ahead=ahead
@@ -366,7 +368,11 @@ class Scheduler:
 
     def _land(self, launched: _Launched) -> list[TokenEvent]:
         """Read a round's tokens: events, counters, and what is over."""
-        result, offered = self._speculator.land(launched.flight, self._cache), self._offered
+        flight = launched.flight
+        result, offered = (
+            self._speculator.land(flight, self._cache),
+            [min(n, flight.verified - 1) for n in self._offered],
+        )
         events, outcomes = [], []
         for row, job in enumerate(launched.rows):
             if job is None or job is not self._rows[row]:
@@ -383,7 +389,6 @@ class Scheduler:
             if event.finish_reason is not None:
                 self._rows[row] = None
                 self._closing.append((row, job))
-        flight = launched.flight
         shape = RoundShape(
             rows=len(launched.rows),
             verified=flight.verified - 1,
