@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp import Request, SamplingParams, SpecStats, cache
+from mlx_gemma_mtp.adaptive import parse_depth
 from mlx_gemma_mtp.cache import planned_bytes
-from mlx_gemma_mtp.depth import FixedDepth, parse_depth
+from mlx_gemma_mtp.depth import FixedDepth
 from mlx_gemma_mtp.scheduler import Scheduler
 
 from .fakes import SPEC, VOCAB, expected, fake_speculator
