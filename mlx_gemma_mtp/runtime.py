@@ -291,6 +291,7 @@ class Runtime:
             prefill_budget=prefill_budget,
             kv_budget=kv_budget,
             prefix_cache=prefix_cache,
+            pipelined="all" if mx.default_device().type == mx.gpu else "plain",
             constrain=self._constrain,
         )
 
