@@ -225,6 +225,10 @@ class KVCache:
             return self.nbytes
         return planned_bytes(self.spec, [n if a else -1 for n, a in zip(self.lengths, self.alive, strict=True)])
 
+    def has_room(self, block: int) -> bool:
+        """Whether every open row has room for `block` more tokens."""
+        return not self._short(block)
+
     def reserve(self, block: int) -> None:
         """Make room for `block` more tokens in every open row; copies only rows that outgrow their capacity."""
         if self._short(block):

@@ -25,12 +25,13 @@ class RowState:
 class RowOutcome:
     """What became of a row's drafts in a round: of `offered`, the first `accepted` were kept.
 
-    Drafts behind a stop or a limit are in neither.
+    Drafts behind a stop or a limit are in neither. `tokens`: all that the row got.
     """
 
     request: int
     offered: int
     accepted: int
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,13 @@ class DepthPolicy(Protocol):
     later round may be planned and begun before an earlier one is observed; rounds are observed in their order.
     """
 
+    @property
+    def min_chain(self) -> float:
+        """The least probability of a chain of drafts that is worth verifying, in the block planned last.
+
+        A row's block may end behind the first draft at which its chain falls under it. 0: no block is cut.
+        """
+
     def plan(self, rows: Sequence[RowState], *, width: int, context: int) -> list[int]:
         """Drafts to draw for each row, to be verified in the round behind. `width`: rows of the arrays.
 
@@ -76,6 +84,11 @@ class FixedDepth:
     """The same number of drafts in every round."""
 
     depth: int
+
+    @property
+    def min_chain(self) -> float:
+        """See `DepthPolicy`."""
+        return 0.0
 
     def plan(self, rows: Sequence[RowState], *, width: int, context: int) -> list[int]:
         """See `DepthPolicy`."""

@@ -41,6 +41,16 @@ def greedy_choice(scores: mx.array, ids: mx.array | None) -> mx.array:
     return (best if ids is None else mx.take_along_axis(ids, best, axis=-1))[:, 0].astype(mx.int32)
 
 
+def log_confidence(scores: mx.array, ids: mx.array | None, token: mx.array) -> mx.array:
+    """Log-probability (R,) of token (R,) under a softmax of scores (R, C), which belong to ids (R, C) (None: all)."""
+    x = scores.astype(mx.float32)
+    if ids is None:
+        own = mx.take_along_axis(x, token[:, None], axis=-1)[:, 0]
+    else:
+        own = mx.where(ids == token[:, None], x, -mx.inf).max(axis=-1)
+    return own - mx.logsumexp(x, axis=-1)
+
+
 def _prefix(right: mx.array, offered: mx.array) -> mx.array:
     """Length (R,) of the run of true values at the start of right (R, K), of which the first offered (R,) count."""
     counted = right & (mx.arange(right.shape[1])[None] < offered[:, None])

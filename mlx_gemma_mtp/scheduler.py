@@ -16,7 +16,7 @@ from .depth import DepthPolicy, RoundShape, RowOutcome, RowState
 from .prefix import PrefixCache, as_tokens
 from .request import ConstraintError, FinishReason, Request, TokenEvent, TokenLogprob
 from .sampling import Constraint, Sampler
-from .speculative import MAX_DEPTH, Block, Masks, Round, Speculator
+from .speculative import MAX_DEPTH, Block, Flight, Masks, Round, Speculator
 from .stats import SpecStats
 
 
@@ -37,6 +37,20 @@ class SchedulerStats:
     prefix_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Launched:
+    """A round on its way: its rows as they were, and what is to be said of it afterwards."""
+
+    flight: Flight
+    rows: Sequence[Job | None]
+    context: int
+    traced: bool
+
+
+_BLOCKS = (1, 2, 4)
+"""Depths to which a block is cut: few, as each is a shape of its own."""
+
+
 class Scheduler:
     """Drives rounds for requests that come and go.
 
@@ -47,6 +61,9 @@ class Scheduler:
     and is computed anew later. `prefix_cache` (a count of bytes more, or one that outlives this scheduler) holds K/V of
     prompts and outputs that are over, for prompts that begin alike. `constrain` starts a request's constraint, or
     raises ValueError.
+
+    With `pipelined`, the next round is handed to the device before the last one's tokens are read, wherever nothing
+    that they say could change it (but a stop: then a row computes one round in vain). Depths then lag by one round.
     """
 
     def __init__(
@@ -62,6 +79,7 @@ class Scheduler:
         kv_budget: int | None = None,
         prefix_cache: int | PrefixCache = 0,
         constrain: Callable[[Request], Constraint | None] = lambda _: None,
+        pipelined: bool = True,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("chunk", chunk), ("prefill_budget", prefill_budget)):
             if value < 1:
@@ -76,6 +94,11 @@ class Scheduler:
         self._cache = KVCache(speculator.spec)
         self._rows: list[Job | None] = []
         self._block: Block | None = None
+        self._offered: list[int] = []
+        self._pipelined = pipelined
+        self._ahead: _Launched | None = None
+        self._closing: list[tuple[int, Job]] = []
+        self._pending: list[TokenEvent] = []
         self._key = mx.random.key(secrets.randbits(63))
         self._sampler = Sampler([], vocab_size, self._key)
         self._ids = count()
@@ -89,7 +112,8 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """True while there is something to do."""
-        return bool(self._admission.waiting or self._admission.started) or self.running > 0
+        admission = self._admission
+        return bool(admission.waiting or admission.started or self._ahead or self._pending) or self.running > 0
 
     @property
     def next_is_prefill(self) -> bool:
@@ -166,19 +190,25 @@ class Scheduler:
         )
 
     def cancel(self, request_id: int) -> bool:
-        """Drop a request at once, whatever its state; no event follows. False if it isn't there (any more)."""
+        """Drop a request at once, whatever its state; no event follows.
+
+        False if it isn't there any more, or has just ended: then its last event comes with the next step.
+        """
         if self._admission.remove(request_id) or self._paused.pop(request_id, None) is not None:
             self._depth.forget(request_id)
             return True
+        self._pending += self._settle()
         for row, running in enumerate(self._rows):
             if running is not None and running.id == request_id:
                 self._close(row)
                 self._shrink()
+                self._pending = [event for event in self._pending if event.request_id != request_id]
                 return True
         return False
 
     def pause(self, request_id: int) -> bool:
         """Take a request out until `resume`, as if it were preempted. False if it isn't there."""
+        self._pending += self._settle()
         for job in (*filter(None, self._rows), *self._admission.started, *self._admission.waiting):
             if job.id == request_id:
                 self._withdraw(job)
@@ -192,24 +222,28 @@ class Scheduler:
 
     def step(self) -> list[TokenEvent]:
         """Do one prefill step or one round; returns what requests got, in the order of their rows."""
-        if self.next_is_prefill:
-            self._prefilled_last = True
-            return self._prefill()
-        self._prefilled_last = False
-        return self._round() if self.running else []
+        self._prefilled_last = self.next_is_prefill
+        if self._prefilled_last:
+            self._pending += self._settle()
+        events = self._prefill() if self._prefilled_last else self._round()
+        before, self._pending = self._pending, []
+        return before + events
 
     def abort(self) -> list[int]:
         """After `step` has raised: drop the requests that it was working for, and return their ids; others go on."""
         lost = [*self._at_risk, *(filter(None, self._rows) if self._batch_at_risk else ())]
         if self._batch_at_risk:
             self._cache, self._rows, self._block = KVCache(self._speculator.spec), [], None
+            self._ahead, self._closing = None, []
             self._resample()
         self._at_risk, self._batch_at_risk = [], False
         for job in lost:
             if job in self._admission.started:
                 self._admission.started.remove(job)
             self._depth.forget(job.id)
-        return sorted({job.id for job in lost})
+        ids = {job.id for job in lost}
+        self._pending = [event for event in self._pending if event.request_id not in ids]
+        return sorted(ids)
 
     def __contains__(self, request_id: int) -> bool:
         """Whether a request is here, waiting or running."""
@@ -241,8 +275,8 @@ class Scheduler:
         states, context = [self._state(job) for job in jobs], max(len(job.tokens) for job in jobs)
         depths = [*self._depth.plan(states, width=cache.rows, context=context), *[0] * free]
         sampler = Sampler([None if j is None else j.history for j in rows], self._vocab_size, self._fresh_key())
-        masks = self._masks(rows, Block(mx.zeros((len(rows), 1), mx.int32), (0,) * len(rows)))
-        first = self._speculator.first(cache, hidden, depths, sampler, masks)
+        masks = self._masks(rows, Block.empty(len(rows)), [0] * len(rows))
+        first = self._speculator.first(cache, hidden, depths, sampler, masks, min_chain=self._depth.min_chain)
         events = []
         for row, job in enumerate(jobs):
             job.cache = None
@@ -252,13 +286,14 @@ class Scheduler:
                 self._end(job, cache, row)
                 rows[row] = None
         if alone:
-            self._rows, self._block, self._sampler = rows, first.block, sampler
+            self._rows, self._block, self._sampler, self._offered = rows, first.block, sampler, first.offered
             self._shrink()
         else:
-            self._admit(cache, rows, first.block)
+            self._admit(cache, rows, first)
+        self._cut()
         return events
 
-    def _admit(self, cache: KVCache, joining: Sequence[Job | None], block: Block) -> None:
+    def _admit(self, cache: KVCache, joining: Sequence[Job | None], first: Round) -> None:
         """Let the open rows of another cache join the batch."""
         if not any(joining):
             return
@@ -270,27 +305,64 @@ class Scheduler:
         rows = self._cache.admit([cache])
         places += [None] * (self._cache.rows - len(places))
         self._rows += [None] * (self._cache.rows - len(self._rows))
+        self._offered += [0] * (self._cache.rows - len(self._offered))
         open_rows = [(r, job) for r, job in enumerate(joining) if job is not None]
         for (r, job), row in zip(open_rows, rows, strict=True):
-            self._rows[row], places[row] = job, (block, r)
+            self._rows[row], places[row], self._offered[row] = job, (first.block, r), first.offered[r]
         self._block = Block.of_rows(places, self._vocab_size)
         self._resample()
 
     def _round(self) -> list[TokenEvent]:
-        self._make_room()
-        if self._block is None:
-            return []
+        launched, self._ahead = self._ahead, None
+        if launched is None:
+            self._make_room()
+            if self._block is None:
+                return []
+            launched = self._launch()
+        if self._may_go_ahead(launched.flight):
+            self._ahead = self._launch(ahead=launched.flight.verified)
+        return self._land(launched)
+
+    def _settle(self) -> list[TokenEvent]:
+        """Land the round that is ahead, if one is: afterwards rows may move."""
+        launched, self._ahead = self._ahead, None
+        return [] if launched is None else self._land(launched)
+
+    def _launch(self, *, ahead: int = 0) -> _Launched:
+        """Hand a round to the device, while the last one, if it is on its way, adds up to `ahead` tokens to a row."""
+        assert self._block is not None
         self._batch_at_risk = True
         self._block = self._speculator.fitted(self._block)
-        depths, verified, traces = self._plan(), self._block.depth, self._speculator.traces
-        context, offered = self._context(), self._block.offered
-        masks = self._masks(self._rows, self._block)
+        self._offered = [min(n, self._block.depth) for n in self._offered]
+        context, traces, depths = self._context(), self._speculator.traces, self._plan(ahead=ahead)
+        masks = self._masks(self._rows, self._block, self._offered)
         self._depth.begin()
-        result = self._speculator.run_round(self._cache, self._block, depths, self._sampler, masks)
+        flight = self._speculator.launch(
+            self._cache, self._block, depths, self._sampler, masks, min_chain=self._depth.min_chain, ahead=ahead
+        )
         self._rounds += 1
-        self._block, events, outcomes = result.block, [], []
-        for row, job in enumerate(self._rows):
-            if job is None:
+        self._block = flight.block
+        traced = self._speculator.traces > traces
+        return _Launched(flight=flight, rows=list(self._rows), context=context, traced=traced)
+
+    def _may_go_ahead(self, flight: Flight) -> bool:
+        """Whether the next round can be launched, and is likely to be of use, before this one's tokens are known."""
+        if not self._pipelined or self._closing or self._depth.min_chain > 0 or self.running == 0:
+            return False
+        jobs = [job for job in self._rows if job is not None]
+        ending = sum(job.request.max_tokens - job.stats.tokens <= flight.verified for job in jobs)
+        if 2 * ending > len(jobs) or any(job.constraint is not None for job in jobs):
+            return False
+        if self._admission.started or self._admission.can_start(self._lengths()):
+            return False
+        return self._cache.has_room(flight.verified + self._speculator.fitted(flight.block).depth + 1)
+
+    def _land(self, launched: _Launched) -> list[TokenEvent]:
+        """Read a round's tokens: events, counters, and what is over."""
+        result, offered = self._speculator.land(launched.flight, self._cache), self._offered
+        events, outcomes = [], []
+        for row, job in enumerate(launched.rows):
+            if job is None or job is not self._rows[row]:
                 continue
             accepted = result.counts[row] - 1
             job.stats.add_round(drafted=offered[row], accepted=accepted)
@@ -299,18 +371,36 @@ class Scheduler:
             # A stop token that was drafted counts; what lies behind it doesn't.
             counted = len(event.tokens) + (event.finish_reason == "stop") if event.finish_reason else accepted + 1
             tried = min(offered[row], counted)
-            outcomes.append(RowOutcome(request=job.id, offered=tried, accepted=min(accepted, tried)))
+            kept = min(accepted, tried)
+            outcomes.append(RowOutcome(request=job.id, offered=tried, accepted=kept, tokens=event.tokens))
             if event.finish_reason is not None:
-                self._end(job, self._cache, row)
                 self._rows[row] = None
-        settled = self._speculator.traces == traces
+                self._closing.append((row, job))
+        flight = launched.flight
         shape = RoundShape(
-            rows=len(self._rows), verified=verified, drafted=result.block.depth, context=context, settled=settled
+            rows=len(launched.rows),
+            verified=flight.verified - 1,
+            drafted=flight.block.depth,
+            context=launched.context,
+            settled=not launched.traced,
         )
         self._depth.observe(shape, outcomes)
-        self._shrink()
-        self._batch_at_risk = False
+        self._offered = result.offered
+        if self._ahead is None:
+            for row, job in self._closing:
+                self._end(job, self._cache, row)
+            self._closing = []
+            self._shrink()
+            self._cut()
+            self._batch_at_risk = False
         return events
+
+    def _cut(self) -> None:
+        """Leave out drafts that no row offers."""
+        if self._block is not None:
+            most = max((n for n, job in zip(self._offered, self._rows, strict=False) if job is not None), default=0)
+            depth = next((n for n in _BLOCKS if n >= most), self._block.depth)
+            self._block = self._block.resized(min(depth, self._block.depth) + 1)
 
     def _make_room(self) -> None:
         """Send the newest requests back to the queue until what the next round needs is within the budget."""
@@ -339,19 +429,19 @@ class Scheduler:
             self._shrink()
         job.cache, job.tokens = None, as_tokens([*job.request.prompt, *job.output])
 
-    def _plan(self) -> list[int]:
+    def _plan(self, *, ahead: int) -> list[int]:
         """Drafts to draw for each row in the next round; 0 for free rows."""
         living = [(row, job) for row, job in enumerate(self._rows) if job is not None]
-        states = [self._state(job) for _, job in living]
+        states = [self._state(job, certain=2 if ahead else 1) for _, job in living]
         depths = [0] * len(self._rows)
         chosen = self._depth.plan(states, width=len(self._rows), context=self._context())
         for (row, _), depth in zip(living, chosen, strict=True):
             depths[row] = depth
         return depths
 
-    def _state(self, job: Job) -> RowState:
-        # The next round gives one token at least: drafts beyond the rest of what is asked for are of no use.
-        left = job.request.max_tokens - job.stats.tokens - 1
+    def _state(self, job: Job, *, certain: int = 1) -> RowState:
+        # Until these drafts are verified, `certain` tokens at least are given out: they may be all that is asked for.
+        left = job.request.max_tokens - job.stats.tokens - certain
         return RowState(request=job.id, cap=min(MAX_DEPTH, max(left - 1, 0)), fixed=job.request.depth)
 
     def _context(self) -> int:
@@ -391,11 +481,11 @@ class Scheduler:
             error=job.error,
         )
 
-    def _masks(self, jobs: Sequence[Job | None], block: Block) -> Masks | None:
+    def _masks(self, jobs: Sequence[Job | None], block: Block, offered: Sequence[int]) -> Masks | None:
         """What the rows' constraints allow at each position of a block; None if no row has one."""
         if all(job is None or job.constraint is None for job in jobs):
             return None
-        offered, words = block.offered, -(-self._vocab_size // 32)
+        words = -(-self._vocab_size // 32)
         drafts: list[list[int]] = block.tokens[:, 1:].tolist() if block.depth else [[]] * len(jobs)  # type: ignore[assignment]
 
         def make() -> mx.array:
@@ -440,6 +530,7 @@ class Scheduler:
         places: list[tuple[Block, int] | None] = [(block, r) for r in kept]
         places += [None] * (self._cache.rows - len(places))
         self._block = Block.of_rows(places, self._vocab_size) if kept else None
+        self._offered = [self._offered[r] for r in kept] + [0] * (self._cache.rows - len(kept))
         self._resample()
 
     def _fresh_key(self) -> mx.array:

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from .cache import KVCache
 from .request import TokenLogprob
-from .sampling import Proposal, Rows, Sampler, SamplerLayout, accept_greedy, greedy_choice, logprobs
+from .sampling import Proposal, Rows, Sampler, SamplerLayout, accept_greedy, greedy_choice, log_confidence, logprobs
 from .views import BlockView, CacheSpec, HeldView, KVView, Layout, PackedView
 
 T = TypeVar("T")
@@ -49,14 +49,14 @@ class DrafterModel(Protocol):
 
 @dataclass(frozen=True)
 class Block:
-    """What each row verifies next: `tokens` (R, 1 + K), the row's last token and its drafts; offered[r] of them count.
+    """What each row verifies next: `tokens` (R, 1 + K), its last token and its drafts; offered (R,) of them count.
 
     This is all that a row carries from one round to the next. None of its tokens are in the cache. `proposal` is the
     law that the drafts were drawn from, where a row needs it.
     """
 
     tokens: mx.array
-    offered: tuple[int, ...]
+    offered: mx.array
     proposal: Proposal | None = None
 
     @property
@@ -72,18 +72,23 @@ class Block:
         for pair in rows:
             tokens = mx.zeros((1, 1), mx.int32) if pair is None else pair[0].tokens[pair[1] : pair[1] + 1]
             parts.append(mx.pad(tokens, [(0, 0), (0, depth + 1 - tokens.shape[1])]))
-            offered.append(0 if pair is None else pair[0].offered[pair[1]])
+            offered.append(mx.zeros((1,), mx.int32) if pair is None else pair[0].offered[pair[1] : pair[1] + 1])
         laws = [None if pair is None else pair[0].law(pair[1]) for pair in rows]
         proposal = Proposal.of_rows(laws, depth, vocab_size) if any(laws) else None
-        return Block(mx.concatenate(parts), tuple(offered), proposal)
+        return Block(mx.concatenate(parts), mx.concatenate(offered), proposal)
+
+    @staticmethod
+    def empty(rows: int) -> Block:
+        """A block without drafts."""
+        return Block(mx.zeros((rows, 1), mx.int32), mx.zeros((rows,), mx.int32))
 
     def resized(self, width: int) -> Block:
         """The block in `width` tokens per row: drafts beyond are dropped, and what is missing doesn't count."""
         if width == self.depth + 1:
             return self
         tokens = mx.pad(self.tokens[:, :width], [(0, 0), (0, max(0, width - self.depth - 1))])
-        proposal = None if self.proposal is None else self.proposal.resized(width - 1)
-        return Block(tokens, tuple(min(n, width - 1) for n in self.offered), proposal)
+        proposal = None if self.proposal is None or width == 1 else self.proposal.resized(width - 1)
+        return Block(tokens, mx.minimum(self.offered, width - 1), proposal)
 
     def law(self, row: int) -> Proposal | None:
         """The proposal of one row."""
@@ -97,12 +102,14 @@ class Block:
 class Round:
     """What a round gave: row r's new tokens are tokens[r][: counts[r]], all but the last of them accepted drafts.
 
-    `logprobs`, where asked for, is parallel to `tokens`.
+    `block` is what the next round verifies, of which row r offers `offered[r]` drafts. `logprobs`, where asked for, is
+    parallel to `tokens`.
     """
 
     tokens: list[list[int]]
     counts: list[int]
     block: Block
+    offered: list[int]
     logprobs: list[list[TokenLogprob]] = field(default_factory=list)
 
 
@@ -135,10 +142,23 @@ class _Key:
     depth: int
     layout: Layout
     sampling: SamplerLayout | None
+    cut: bool
+    """Whether a row offers no drafts behind one that makes its chain improbable."""
 
 
-_Out = tuple[mx.array, mx.array, list[mx.array], list[mx.array], list[mx.array], list[mx.array]]
-"""Fetch (R, L + 1), next tokens (R, 1 + K), their law, sampling state, log-probabilities, cache arrays."""
+_Out = tuple[mx.array, mx.array, mx.array, list[mx.array], list[mx.array], list[mx.array], list[mx.array]]
+"""Fetch (R, L + 2), next tokens (R, 1 + K), drafts offered (R,), their law, sampling state, logprobs, cache."""
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A round that the device has been given. `block` is what the next one verifies, known or not."""
+
+    block: Block
+    verified: int
+    fetch: mx.array
+    reported: list[mx.array]
+
 
 Masks = Callable[[], mx.array]
 """Makes the bits (R, L, ceil(V / 32)) of the tokens that the rows' constraints allow in the block."""
@@ -206,19 +226,22 @@ class Speculator:
         depths: Sequence[int],
         sampler: Sampler | None = None,
         masks: Masks | None = None,
+        *,
+        min_chain: float = 0.0,
     ) -> Round:
         """The token after a prefill and depths[r] drafts behind it. hidden (R, hidden): of the last token held."""
-        key = _Key(self._deepest(depths, cache.rows), cache.layout, None if sampler is None else sampler.layout)
+        key, limits = self._next(cache, depths, sampler, min_chain)
         states = [] if sampler is None else sampler.arrays
-        out = self._function("first", self._first, key)(hidden, states, [masks()] if masks else [], cache.arrays)
-        return self._finish(out, cache, sampler, tuple(min(d, key.depth) for d in depths))
+        run = self._function("first", self._first, key)
+        return self._read(self._flight(run(hidden, limits, states, [masks()] if masks else [], cache.arrays), sampler))
 
     def draft(
         self, cache: KVCache, token: mx.array, hidden: mx.array, depth: int, *, position: int | None = None
     ) -> mx.array:
         """Greedy drafts (R, depth) behind `token` (R,); `position` overrides the default, length - 1."""
         at = None if position is None else mx.full((cache.rows,), position, mx.int32)
-        return self._drafts(None, token, hidden, cache.held(position=at), self._depth(depth))[0]
+        key, limits = self._next(cache, [depth] * cache.rows, None, 0.0)
+        return self._drafts(None, token, hidden, cache.held(position=at), key, limits)[0]
 
     def run_round(
         self,
@@ -227,42 +250,82 @@ class Speculator:
         depths: Sequence[int],
         sampler: Sampler | None = None,
         masks: Masks | None = None,
+        *,
+        min_chain: float = 0.0,
     ) -> Round:
         """Verify `block` in every row, commit what is accepted, and draft depths[r] tokens more for row r.
 
         One host fetch: the new tokens and how many. Free rows compute along and come back with count 0. With `masks`
-        (rows under a constraint) the verification is queued first, and they are made while it runs.
+        (rows under a constraint) the verification is queued first, and they are made while it runs. A row offers its
+        drafts up to the first at which the drafter's probability of its chain falls under `min_chain`: this one is
+        offered, too (Leviathan's law would be broken by dropping what has been looked at).
         """
-        cache.reserve(block.depth + 1)
-        key = _Key(self._deepest(depths, cache.rows), cache.layout, None if sampler is None else sampler.layout)
+        return self.land(self.launch(cache, block, depths, sampler, masks, min_chain=min_chain), cache)
+
+    def launch(
+        self,
+        cache: KVCache,
+        block: Block,
+        depths: Sequence[int],
+        sampler: Sampler | None = None,
+        masks: Masks | None = None,
+        *,
+        min_chain: float = 0.0,
+        ahead: int = 0,
+    ) -> Flight:
+        """Hand a round to the device without waiting for it: see `run_round`. Every flight is landed, in their order.
+
+        `ahead`: tokens that flights not landed yet may add to a row.
+        """
+        if ahead == 0:
+            cache.reserve(block.depth + 1)
+        elif not cache.has_room(ahead + block.depth + 1):
+            raise ValueError("a round can't be launched ahead into rows that have to grow for it")
+        key, limits = self._next(cache, depths, sampler, min_chain)
         law = [] if block.proposal is None else block.proposal.arrays
-        states, offered = [] if sampler is None else sampler.arrays, mx.array(block.offered, mx.int32)
+        states = [] if sampler is None else sampler.arrays
         arrays, cache.arrays = cache.arrays, []
         out: _Out
         if masks is None:
-            out = self._function("round", self._round, key)(block.tokens, offered, law, states, arrays)
+            run = self._function("round", self._round, key)
+            out = run(block.tokens, block.offered, limits, law, states, arrays)
         else:
             hidden, logits, arrays = self._function("verify", self._verify, key)(block.tokens, arrays)
             mx.async_eval(logits, hidden, *arrays)  # type: ignore[no-untyped-call]
             commit = self._function("commit", self._commit, key)
-            out = commit(block.tokens, offered, law, states, [masks()], hidden, logits, arrays)
+            out = commit(block.tokens, block.offered, limits, law, states, [masks()], hidden, logits, arrays)
         del arrays
         cache.arrays = out[-1]
-        return self._finish(out, cache, sampler, tuple(min(d, key.depth) for d in depths), block=block.depth + 1)
+        return self._flight(out, sampler, verified=block.depth + 1)
 
-    def _finish(
-        self, out: _Out, cache: KVCache, sampler: Sampler | None, offered: tuple[int, ...], *, block: int = 0
-    ) -> Round:
-        fetch, tokens, law, states, reported, _ = out
-        mx.eval(*out)
+    def land(self, flight: Flight, cache: KVCache) -> Round:
+        """Wait for a flight, and note what it did to the rows."""
+        result = self._read(flight)
+        cache.advance(result.counts, block=flight.verified)
+        return result
+
+    def _next(
+        self, cache: KVCache, depths: Sequence[int], sampler: Sampler | None, min_chain: float
+    ) -> tuple[_Key, list[mx.array]]:
+        """What a round is compiled for, and the limits of its drafts: [depths (R,)], and [min_chain] if any are cut."""
+        depth = self._deepest(depths, cache.rows)
+        cut = min_chain > 0 and depth > 0
+        key = _Key(depth, cache.layout, None if sampler is None else sampler.layout, cut)
+        limits = [mx.array([min(d, depth) for d in depths], mx.int32)]
+        return key, [*limits, mx.array(min_chain, mx.float32)] if cut else limits
+
+    def _flight(self, out: _Out, sampler: Sampler | None, *, verified: int = 0) -> Flight:
+        fetch, tokens, offered, law, states, reported, _ = out
+        mx.async_eval(*out)  # type: ignore[no-untyped-call]
         if sampler is not None:
             sampler.arrays = states
-        rows: list[list[int]] = fetch.tolist()  # type: ignore[assignment]
-        counts = [row[-1] for row in rows]
-        if block:
-            cache.advance(counts, block=block)
-        following = Block(tokens, offered, Proposal.of_arrays(law))
-        return Round(rows, counts, following, _readable(rows, reported) if reported else [])
+        return Flight(Block(tokens, offered, Proposal.of_arrays(law)), verified, fetch, reported)
+
+    def _read(self, flight: Flight) -> Round:
+        rows: list[list[int]] = flight.fetch.tolist()  # type: ignore[assignment]
+        counts, offered = [row[-2] for row in rows], [row[-1] for row in rows]
+        reported = _readable(rows, flight.reported) if flight.reported else []
+        return Round(rows, counts, flight.block, offered, reported)
 
     def _function(self, name: str, f: Callable[..., T], key: _Key) -> Callable[..., T]:
         """`f` bound to `key`, compiled once."""
@@ -282,56 +345,73 @@ class Speculator:
         return depth if self.drafter is not None else 0
 
     def _drafts(
-        self, rows: Rows | None, last: mx.array, hidden: mx.array, view: HeldView, depth: int
-    ) -> tuple[mx.array, list[mx.array]]:
-        """Drafts (R, depth) behind `last` (R,) and the law of each: [], [probs] or [probs, ids], (R, depth, C)."""
-        if self.drafter is None or depth == 0:
-            return mx.zeros((last.shape[0], 0), mx.int32), []
-        if rows is None:
-            return self.drafter.draft(last, hidden, view, depth, greedy_choice), []
+        self, rows: Rows | None, last: mx.array, hidden: mx.array, view: HeldView, key: _Key, limits: list[mx.array]
+    ) -> tuple[mx.array, mx.array, list[mx.array]]:
+        """Drafts (R, K) behind `last` (R,), how many of them are offered (R,), and the law of each.
+
+        The law is [], [probs] or [probs, ids], each (R, K, C).
+        """
+        if self.drafter is None or key.depth == 0:
+            return mx.zeros((last.shape[0], 0), mx.int32), limits[0], []
         chain: list[mx.array] = []
         laws: list[tuple[mx.array, mx.array | None]] = []
+        confidence: list[mx.array] = []
 
         def choose(scores: mx.array, ids: mx.array | None) -> mx.array:
-            so_far = mx.stack(chain, axis=1) if chain else mx.zeros((last.shape[0], 0), mx.int32)
-            token, kept, probs = rows.propose(scores, ids, so_far, view.lengths + 1 + len(chain))
+            if rows is None:
+                token = greedy_choice(scores, ids)
+            else:
+                so_far = mx.stack(chain, axis=1) if chain else mx.zeros((last.shape[0], 0), mx.int32)
+                token, kept, probs = rows.propose(scores, ids, so_far, view.lengths + 1 + len(chain))
+                laws.append((probs, kept))
             chain.append(token)
-            laws.append((probs, kept))
+            if key.cut:
+                confidence.append(log_confidence(scores, ids, token))
             return token
 
-        drafts = self.drafter.draft(last, hidden, view, depth, choose)
-        if not rows.layout.distribution:
-            return drafts, []
+        drafts = self.drafter.draft(last, hidden, view, key.depth, choose)
+        offered = limits[0]
+        if key.cut:
+            likely = mx.cumsum(mx.stack(confidence, axis=1), axis=1) >= mx.log(limits[1])
+            offered = mx.minimum(offered, 1 + likely[:, :-1].sum(axis=1).astype(mx.int32))
+        if rows is None or not rows.layout.distribution:
+            return drafts, offered, []
         ids = [i for _, i in laws if i is not None]
-        return drafts, [mx.concatenate(part, axis=1) for part in ([p for p, _ in laws], ids) if part]
+        return drafts, offered, [mx.concatenate(part, axis=1) for part in ([p for p, _ in laws], ids) if part]
 
     def _first(
-        self, key: _Key, hidden: mx.array, states: list[mx.array], masks: list[mx.array], arrays: list[mx.array]
+        self,
+        key: _Key,
+        hidden: mx.array,
+        limits: list[mx.array],
+        states: list[mx.array],
+        masks: list[mx.array],
+        arrays: list[mx.array],
     ) -> _Out:
         self.traces += 1
         rows = Rows(key.sampling, states, *masks) if key.sampling else None
         logits, none = self.target.unembed(hidden[:, None]), mx.zeros((hidden.shape[0], 0), mx.int32)
-        view = HeldView(self.spec, key.layout, arrays)
-        offered = mx.zeros((hidden.shape[0],), mx.int32)
+        view, zero = HeldView(self.spec, key.layout, arrays), mx.zeros((hidden.shape[0],), mx.int32)
         if rows is None:
-            chosen, accepted = accept_greedy(logits, none, offered)
+            chosen, accepted = accept_greedy(logits, none, zero)
         else:
-            chosen, accepted = rows.accept(logits, none, offered, None, view.lengths[:, None])
-        drafts, law = self._drafts(rows, chosen[:, 0], hidden, view, key.depth)
-        fetch = mx.concatenate([chosen, accepted[:, None] + 1], axis=1)
-        return fetch, mx.concatenate([chosen, drafts], axis=1), law, *_reported(rows, logits, chosen), []
+            chosen, accepted = rows.accept(logits, none, zero, None, view.lengths[:, None])
+        drafts, offered, law = self._drafts(rows, chosen[:, 0], hidden, view, key, limits)
+        fetch = mx.concatenate([chosen, accepted[:, None] + 1, offered[:, None]], axis=1)
+        return fetch, mx.concatenate([chosen, drafts], axis=1), offered, law, *_reported(rows, logits, chosen), []
 
     def _round(
         self,
         key: _Key,
         tokens: mx.array,
         offered: mx.array,
+        limits: list[mx.array],
         law: list[mx.array],
         states: list[mx.array],
         arrays: list[mx.array],
     ) -> _Out:
         hidden, logits, arrays = self._verify(key, tokens, arrays)
-        return self._commit(key, tokens, offered, law, states, [], hidden, logits, arrays)
+        return self._commit(key, tokens, offered, limits, law, states, [], hidden, logits, arrays)
 
     def _verify(self, key: _Key, tokens: mx.array, arrays: list[mx.array]) -> tuple[mx.array, mx.array, list[mx.array]]:
         """The target over a block: hidden states, logits, and the cache with the block written, not yet counted."""
@@ -345,6 +425,7 @@ class Speculator:
         key: _Key,
         tokens: mx.array,
         offered: mx.array,
+        limits: list[mx.array],
         law: list[mx.array],
         states: list[mx.array],
         masks: list[mx.array],
@@ -364,9 +445,10 @@ class Speculator:
         after = [lengths + counts, alive, *rest]
         last = mx.take_along_axis(chosen, accepted[:, None], axis=1)
         anchor = mx.take_along_axis(hidden, accepted[:, None, None], axis=1)[:, 0]
-        more, law = self._drafts(rows, last[:, 0], anchor, HeldView(self.spec, key.layout, after), key.depth)
-        fetch = mx.concatenate([chosen, counts[:, None]], axis=1)
-        return fetch, mx.concatenate([last, more], axis=1), law, *_reported(rows, logits, chosen), after
+        view = HeldView(self.spec, key.layout, after)
+        more, following, law = self._drafts(rows, last[:, 0], anchor, view, key, limits)
+        fetch = mx.concatenate([chosen, counts[:, None], following[:, None]], axis=1)
+        return fetch, mx.concatenate([last, more], axis=1), following, law, *_reported(rows, logits, chosen), after
 
 
 def _reported(rows: Rows | None, logits: mx.array, chosen: mx.array) -> tuple[list[mx.array], list[mx.array]]:

@@ -186,7 +186,7 @@ def test_rewinding_rows_by_different_numbers_forgets_exactly_those_tokens(
         for history, block, n in zip(histories, blocks, undo, strict=True):
             history += block[: step + 1 - n]
     tokens = mx.array([[2]] * cache.rows, mx.int32)
-    result = speculator.run_round(cache, Block(tokens, (0,) * cache.rows), [0] * cache.rows)
+    result = speculator.run_round(cache, Block(tokens, mx.zeros((cache.rows,), mx.int32)), [0] * cache.rows)
     for row, history in enumerate(histories):
         assert result.tokens[row][:1] == expected([*history, 2], 1)
     assert max(lengths) + 9 > WINDOW
@@ -211,7 +211,7 @@ def test_a_row_that_shrank_leaves_its_group_while_another_joins() -> None:
     cache.admit([_filled(1020)])
     assert cache.lengths[:3] == [1020, 497, 1020]
     tokens = mx.array([[2]] * cache.rows, mx.int32)
-    result = fake_speculator().run_round(cache, Block(tokens, (0,) * cache.rows), [0] * cache.rows)
+    result = fake_speculator().run_round(cache, Block(tokens, mx.zeros((cache.rows,), mx.int32)), [0] * cache.rows)
     prompts = [[1 + i % 7 for i in range(n)] for n in (1020, 497, 1020)]
     assert [row[0] for row in result.tokens[:3]] == [expected([*p, 2], 1)[0] for p in prompts]
 
@@ -238,7 +238,7 @@ def test_no_buffer_is_copied_by_a_round(compiled: bool) -> None:
     cache = KVCache(_WIDE)
     cache.admit(caches)
     buffer = min(a.nbytes for a in cache.arrays[2:])
-    block = Block(mx.zeros((2, 4), mx.int32), (3, 3))
+    block = Block(mx.zeros((2, 4), mx.int32), mx.array([3, 3]))
     for _ in range(3):
         mx.synchronize()
         before = mx.get_active_memory()

@@ -125,6 +125,20 @@ def test_a_chunk_has_the_bits_of_the_whole(sources: Sources, tmp_path: Path, mon
         assert digests(tmp_path / f"whole-{recipe}") == digests(tmp_path / f"rows-{recipe}")
 
 
+@pytest.mark.parametrize("recipe", ["bf16", "4bit", "nvfp4"])
+def test_memory_does_not_grow_with_the_model(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """MLX's own peak, in pieces far smaller than a model of 1.3 MB."""
+    monkeypatch.setattr(stream, "_CHUNK", 4000)
+    monkeypatch.setattr(stream, "_SLOW_CHUNK", 400)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    convert(sources("moe"), tmp_path / "out", quantize=recipe, measure=False)
+    assert mx.get_peak_memory() - before < 100_000
+
+
 def mxfp4(rows: mx.array) -> tuple[mx.array, ...]:
     return tuple(mx.quantize(rows, group_size=32, bits=4, mode="mxfp4"))
 
@@ -348,8 +362,11 @@ def test_fit_suggests_the_recipe_that_fits(sources: Sources, tmp_path: Path, mon
         convert(sources("unified"), tmp_path / "out", fit="1GB", context=64)
     assert convert(sources("unified"), tmp_path / "out", quantize="6bit", fit="1GB", context=64, dry_run=True)["fit"]
     monkeypatch.setattr(fit, "WORK", usable)
-    with pytest.raises(TooLargeError, match="nor does any other"):
+    with pytest.raises(TooLargeError, match=r"nor does any other .* its GPU \([^()]*\)$"):
         convert(sources("unified"), tmp_path / "out", fit="1GB", context=64)
+    monkeypatch.setattr(fit, "WORK", usable - sizes["6bit"] - kv_bytes(config, 2048))
+    with pytest.raises(TooLargeError, match=r"--quantize mxfp4 with --context 2k would$"):
+        convert(sources("unified"), tmp_path / "out", fit="1GB", context=65536)
     assert list(tmp_path.iterdir()) == []
 
 

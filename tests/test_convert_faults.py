@@ -289,6 +289,34 @@ def test_kill_minus_nine(source: Path, tmp_path: Path) -> None:
     assert [p.name for p in place.iterdir()] == ["out"]
 
 
+def test_a_plain_kill_cleans_up(source: Path, tmp_path: Path) -> None:
+    """SIGTERM to the command: what it has written so far goes at once."""
+    place = tmp_path / "place"
+    script = textwrap.dedent(
+        f"""
+        import sys, time
+        from mlx_gemma_mtp.cli import app
+        from mlx_gemma_mtp.convert import stream
+        land = stream._Stream._land
+        def slowly(self):
+            land(self)
+            if self._done == 30:
+                print("working", flush=True)
+                time.sleep(60)
+        stream._Stream._land = slowly
+        app(["convert", {str(source)!r}, "--out", {str(place / "out")!r}, "--no-measure"])
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"working\n"
+    assert len(list(place.iterdir())) == 1
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    process.stdout.close()
+    assert list(place.iterdir()) == []
+
+
 def test_files_that_shrink_meanwhile(source: Path) -> None:
     with Checkpoint(source) as checkpoint:
         entry = max((e for e in checkpoint.tensors.values() if e.file.name == SHARD), key=lambda e: e.begin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -18,10 +19,22 @@ from mlx_gemma_mtp.scheduler import Scheduler
 from .fakes import SPEC, VOCAB, expected, fake_speculator
 
 
+@dataclass(frozen=True)
+class _Cutting(FixedDepth):
+    """A fixed depth whose blocks end behind an improbable chain."""
+
+    chain: float = 0.0
+
+    @property
+    def min_chain(self) -> float:
+        return self.chain
+
+
 def _scheduler(**options: Any) -> Scheduler:
     speculator = fake_speculator(drafter=options.pop("drafter", 1) > 0, compiled=options.pop("compiled", 0) > 0)
     settings: dict[str, Any] = {"vocab_size": VOCAB, "max_positions": 100_000, **options}
-    return Scheduler(speculator, depth=FixedDepth(settings.pop("depth", 3)), **settings)
+    depth = _Cutting(settings.pop("depth", 3), chain=settings.pop("min_chain", 0.0))
+    return Scheduler(speculator, depth=depth, **settings)
 
 
 def _fresh(**options: int) -> tuple[Scheduler, dict[int, list[int]], dict[int, str | None]]:
@@ -84,6 +97,9 @@ requests = st.fixed_dictionaries(
             "depth": st.integers(0, 8),
             "rows_that_fit": st.sampled_from([None, 1, 1.3, 2, 2.5]),
             "prefix_cache": st.sampled_from([0, 700, 2000, 100_000]),
+            "pipelined": st.booleans(),
+            # The fake drafter gives each of its guesses a probability of 0.21.
+            "min_chain": st.sampled_from([0.0, 0.0, 0.03, 0.5]),
         }
     ),
     step=st.sampled_from([16, 512]),
@@ -122,8 +138,9 @@ def _interleave(asked: list[dict[str, object]], order: list[str], options: dict[
             assert now.kv_budget is None or now.running + now.waiting < 2 or now.kv_bytes <= now.kv_budget
         elif action == "cancel" and (open_ := [n for n in wanted if n not in reasons and n not in cancelled]):
             number = data.draw(st.sampled_from(open_))
-            assert scheduler.cancel(number)
-            cancelled.add(number)
+            # One that has just ended, in a round that is on its way, is past cancelling.
+            if scheduler.cancel(number):
+                cancelled.add(number)
     while left:
         add()
     _drain(scheduler, got, reasons)
@@ -197,7 +214,8 @@ def test_each_row_drafts_to_its_own_depth_in_a_mixed_batch() -> None:
             tokens.setdefault(event.request_id, []).extend(event.tokens)
             assert not any(event.drafted[-1:]) or event.finish_reason is not None, "a round ends with the target's own"
     for number, (depth, counters) in enumerate(zip((0, 1, 5, 2), stats, strict=True)):
-        assert counters.drafted == depth * counters.rounds
+        # Drafts that only the end could use are not drawn.
+        assert depth * (counters.rounds - 1) <= counters.drafted <= depth * counters.rounds
         assert len(counters.drafted_per_position) == (depth if counters.rounds else 0)
         assert tokens[number] == expected([1, 2], 40)
         assert not flags[number][0], "the first token is the prefill's"
@@ -262,3 +280,50 @@ def test_a_request_that_cant_be_honoured_is_refused_and_changes_nothing(request_
 def test_a_depth_that_isnt_one_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match="depth is"):
         parse_depth(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("chain", "offered"), [(0.0, 5), (0.03, 3), (0.21, 2), (0.5, 1), (1.0, 1)])
+def test_a_row_offers_its_drafts_up_to_the_one_that_makes_the_chain_improbable(chain: float, offered: int) -> None:
+    # The first draft has probability 0.214, the first two 0.046, the first three 0.010.
+    scheduler, prompt = _scheduler(depth=5, min_chain=chain), [1, 2, 3]
+    number, stats = scheduler.add(Request(prompt=prompt, max_tokens=40))
+    got: dict[int, list[int]] = {}
+    _drain(scheduler, got, {})
+    assert got[number] == expected(prompt, 40)
+    assert len(stats.drafted_per_position) == offered
+    # Blocks are cut for all rows, so no position behind the last one offered was verified.
+    assert stats.drafted_per_position[0] == stats.drafted_per_position[-1]
+
+
+def test_rounds_go_ahead_of_what_is_read_and_end_with_the_rows() -> None:
+    for pipelined in (True, False):
+        scheduler = _scheduler(pipelined=pipelined, depth=2)
+        launched: list[int] = []
+        speculator = scheduler._speculator
+        launch = speculator.launch
+
+        def noted(*args: Any, ahead: int = 0, seen: list[int] = launched, run: Any = launch, **options: Any) -> Any:
+            seen.append(ahead)
+            return run(*args, ahead=ahead, **options)
+
+        with patch.object(speculator, "launch", noted):
+            for n in (3, 9):
+                scheduler.add(Request(prompt=[1] * n, max_tokens=50))
+            got: dict[int, list[int]] = {}
+            _drain(scheduler, got, {})
+        assert got == {i: expected([1] * n, 50) for i, n in enumerate((3, 9))}
+        assert (sum(a > 0 for a in launched) > len(launched) // 2) == pipelined
+        assert scheduler.stats().kv_bytes == 0
+
+
+def test_a_cancelled_row_says_nothing_more_and_its_neighbour_loses_nothing() -> None:
+    scheduler, got, reasons = _fresh(depth=2)
+    for n in (3, 9):
+        scheduler.add(Request(prompt=[1] * n, max_tokens=60))
+    for _ in range(5):
+        _collect(scheduler, got, reasons)
+    before = len(got[0])
+    assert scheduler.cancel(0)
+    _drain(scheduler, got, reasons)
+    assert len(got[0]) == before
+    assert got[1] == expected([1] * 9, 60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -100,7 +101,7 @@ def convert(
         depth=depth,
         min_acceptance=min_acceptance,
     )
-    with _watcher(quiet=as_json) as watch:
+    with _cleaning_up_when_terminated(), _watcher(quiet=as_json) as watch:
         record = run(options, watch)
     if as_json:
         typer.echo(json.dumps(record))
@@ -119,6 +120,20 @@ def _listed(names: str | None) -> tuple[str, ...]:
 def _note(text: str) -> None:
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+@contextmanager
+def _cleaning_up_when_terminated() -> Iterator[None]:
+    """Let a plain `kill` unwind as Ctrl-C does, so that the unfinished output is removed."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -75,6 +75,15 @@ def smallest_mac(config: TargetConfig, weights: int, context: int) -> Fit | None
     return next((fit for fit in fits if fit.fits), None)
 
 
+def longest_context(memory: int, config: TargetConfig, weights: int) -> int:
+    """The most tokens, a multiple of 1,024 and at most the model's own limit, that fit beside `weights`; or 0."""
+
+    def fits(context: int) -> bool:
+        return Fit(memory=memory, context=context, weights=weights, kv=kv_bytes(config, context)).fits
+
+    return max((n for n in range(1024, config.max_positions + 1, 1024) if fits(n)), default=0)
+
+
 def parse_memory(text: str) -> int:
     """Bytes of "32GB", "32 GB" or "32", as Apple counts memory. Raises ConvertError."""
     found = re.fullmatch(r"(\d+)\s*(?:gb|gib|g)?", text.strip().lower())

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..loading import DEMO, find_drafter, resolve
 from .checkpoint import Checkpoint, ConvertError
-from .fit import Fit, kv_bytes, smallest_mac
+from .fit import Fit, kv_bytes, longest_context, smallest_mac
 from .hub import Preview, cache_directory, preview
 from .options import Options, Watcher, check_options
 from .output import appearing, check_destination, check_space, copy_side_files, gigabytes, write_record
@@ -129,7 +129,9 @@ class _Planning:
             other = self._fit(memory, self.plan(RECIPES[name], self._drafter_recipe))
             if other.fits:
                 raise TooLargeError(f"{pair.target.recipe.name} doesn't fit: {fit}; --quantize {name} would: {other}")
-        raise TooLargeError(f"{pair.target.recipe.name} doesn't fit, nor does any other recipe: {fit}")
+        longest = longest_context(memory, pair.target_config, other.weights)
+        hint = f"; --quantize {name} with --context {longest // 1024}k would" if longest else ""
+        raise TooLargeError(f"{pair.target.recipe.name} doesn't fit, nor does any other recipe: {fit}{hint}")
 
     def _say(self, text: str) -> None:
         """Note it, but not a second time when the plan from the hub's headers was right."""

@@ -17,6 +17,10 @@ from .writer import SHARD_BYTES, ShardWriter
 _CHUNK = 6_000_000
 """Source bytes of one piece. Above a few megabytes the allocator maps each buffer anew: twice the system time."""
 
+_SLOW = ("mxfp4", "nvfp4")
+"""Formats that MLX's CPU backend packs by comparing with every value: 40 times a piece's bytes, slow in large ones."""
+_SLOW_CHUNK = _CHUNK // 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Advance:
@@ -61,7 +65,8 @@ class _Stream:
         self._plan, self._writer, self._progress = plan, writer, progress
         device = mx.default_device()
         # MLX's CPU backend runs one stream per thread: two use two cores. A GPU needs one.
-        self._streams = [mx.new_stream(device) for _ in range(2 if device.type == mx.cpu else 1)]
+        self._on_cpu = device.type == mx.cpu
+        self._streams = [mx.new_stream(device) for _ in range(2 if self._on_cpu else 1)]
         self._flight: deque[_Piece] = deque()
         self._done = self._bytes = 0
 
@@ -69,7 +74,7 @@ class _Stream:
         """Everything, in the order of the source's files."""
         count = 0
         for output in self._plan.outputs:
-            ranges = list(output.row_ranges(_CHUNK))
+            ranges = list(output.row_ranges(self._limit(output)))
             if not ranges:
                 self._done += 1
             for i, (first, last, to) in enumerate(ranges):
@@ -84,6 +89,10 @@ class _Stream:
                     self._land()
         while self._flight:
             self._land()
+
+    def _limit(self, output: Output) -> int:
+        slow = self._on_cpu and output.spec is not None and output.spec.mode in _SLOW
+        return min(_CHUNK, _SLOW_CHUNK) if slow else _CHUNK
 
     def _make(self, output: Output, first: int, last: int, stream: mx.Stream) -> Packed:
         """Start on rows `first` to `last` - 1 of the source."""
