@@ -502,6 +502,7 @@ class Runtime:
                         continue
                     if filling.stopped and event.finish_reason is None:
                         scheduler.cancel(event.request_id)
+                        filling.settle()
                     timing.decode_tokens += 0 if prefill else len(step.tokens)
                     yield step
         finally:

@@ -333,7 +333,8 @@ class Scheduler:
         assert self._block is not None
         self._batch_at_risk = True
         self._block = self._speculator.fitted(self._block)
-        self._offered = [min(n, self._block.depth) for n in self._offered]
+        if not ahead:
+            self._offered = [min(n, self._block.depth) for n in self._offered]
         context, traces, depths = self._context(), self._speculator.traces, self._plan(ahead=ahead)
         masks = self._masks(self._rows, self._block, self._offered)
         self._depth.begin()
@@ -386,7 +387,10 @@ class Scheduler:
         )
         self._depth.observe(shape, outcomes)
         self._offered = result.offered
-        if self._ahead is None:
+        if self._ahead is not None:
+            # The block on its way may have been made narrower.
+            self._offered = [min(n, self._ahead.flight.verified - 1) for n in self._offered]
+        else:
             for row, job in self._closing:
                 self._end(job, self._cache, row)
             self._closing = []

@@ -47,6 +47,7 @@ class Clock:
     """Stands for a Timing."""
 
     prompt_tokens: int = 4
+    reused_tokens: int = 1
     prefill_rate: float = 40.0
     decode_rate: float = 12.5
     peak_memory: int = 3 * 2**29
@@ -74,6 +75,9 @@ class Fake:
         if path == "missing":
             raise FileNotFoundError("no such\nmodel")
         return self
+
+    def keep_prefixes(self, limit: int) -> None:
+        """A chat asks for it."""
 
     @property
     def generation_defaults(self) -> SamplingParams:

@@ -586,4 +586,4 @@ class TestCommand:
         (tmp_path / "x.jsonl").write_text('{"tokens": [5]}\n{"tokens": [5], "stop": "x"}\n')
         result = run(str(tmp_path / "x.jsonl"))
         assert (result.exit_code, result.stdout) == (1, "")
-        assert "x.jsonl, line 2: field 'stop' isn't supported here" in result.stderr
+        assert "x.jsonl, line 2: stop needs a tokenizer" in result.stderr
