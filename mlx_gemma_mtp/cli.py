@@ -430,7 +430,7 @@ def _ids(tokens: str) -> list[int]:
 
 
 def _depth(depth: str) -> int | Literal["auto"]:
-    from .depth import parse_depth
+    from .adaptive import parse_depth
 
     value = int(depth) if depth.isascii() and depth.isdigit() else depth
     try:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-DEFAULT_DEPTH = 3
-
 
 @dataclass(frozen=True, kw_only=True)
 class RowState:
@@ -47,6 +45,20 @@ class RoundShape:
     drafted: int
     context: int
     settled: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthChoice:
+    """What a policy chose, and why: `acceptance` by position, and `costs` of rounds of 0, 1, … drafts in plain ones."""
+
+    depth: int
+    reason: str
+    acceptance: tuple[float, ...] = ()
+    costs: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        drafts = {0: "no drafts", 1: "1 draft"}.get(self.depth, f"{self.depth} drafts")
+        return f"{drafts} ({self.reason})"
 
 
 class DepthPolicy(Protocol):
@@ -104,11 +116,6 @@ class FixedDepth:
     def forget(self, request: int) -> None:
         """Nothing to forget."""
 
-
-def parse_depth(depth: int | str) -> FixedDepth:
-    """The policy for a caller's `depth`: a count, or "auto" (so far: 3 drafts). Raises ValueError."""
-    if depth == "auto":
-        return FixedDepth(DEFAULT_DEPTH)
-    if isinstance(depth, int) and not isinstance(depth, bool) and 0 <= depth <= 8:
-        return FixedDepth(depth)
-    raise ValueError(f'depth is {depth!r}, expected "auto" or a whole number from 0 to 8')
+    def describe(self) -> DepthChoice:
+        """What was asked for."""
+        return DepthChoice(depth=self.depth, reason="fixed")

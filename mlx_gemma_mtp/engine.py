@@ -15,7 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -64,16 +64,13 @@ class Models(Protocol):
     def stop_ids(self) -> frozenset[int]:
         """What ends a request that names no stop ids."""
 
-    def scheduler(
+    def bitwise(self) -> tuple[bool | None, tuple[str, ...]]:
+        """What results say of it; see `generation.Generation`."""
+
+    def serving(
         self, *, depth: int | str, max_batch: int, prefill_budget: int, kv_budget: int | None, prefix_cache: int
-    ) -> Scheduler:
-        """Called and used in the engine's thread."""
-
-    def claim(self) -> None:
-        """The engine begins: others must not compute with these models. Raises RuntimeError if they do."""
-
-    def release(self) -> None:
-        """The engine is over."""
+    ) -> AbstractContextManager[Scheduler]:
+        """Entered, used and left in the engine's thread. Raises RuntimeError if another engine is in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,16 +130,15 @@ class Engine:
             raise ValueError(f"max_waiting is {max_waiting}, expected None or a count of at least 0")
         self._models = rt
         limit = None if max_waiting is None else max_batch + max_waiting
-        make = partial(
-            rt.scheduler,
+        serving = partial(
+            rt.serving,
             depth=depth,
             max_batch=max_batch,
             prefill_budget=prefill_budget,
             kv_budget=kv_budget,
             prefix_cache=prefix_cache,
         )
-        rt.claim()
-        self._loop = _Loop(make, rt.release, limit=limit, buffer=buffer)
+        self._loop = _Loop(serving, limit=limit, buffer=buffer)
         self._finalizer = weakref.finalize(self, _Loop.stop, self._loop)
         try:
             self._loop.started.result()
@@ -186,6 +182,7 @@ class Engine:
         return OutputReader(stream, request.stop, min_tokens=request.sampling.min_tokens)
 
     def _complete(self, output: Generation, request: Request) -> None:
+        output.bitwise, output.differing_shapes = self._models.bitwise()
         output.timing.peak_memory = self.stats().peak_memory
         if self._models.text is not None and not request.stop:
             output.text, output.thinking = self._models.text.split(output.tokens, request.prompt)
@@ -195,11 +192,11 @@ class _Loop:
     """The thread, and all that it alone touches. It doesn't know its `Engine`, which may be dropped."""
 
     def __init__(
-        self, make: Callable[[], Scheduler], release: Callable[[], None], *, limit: int | None, buffer: int
+        self, serving: Callable[[], AbstractContextManager[Scheduler]], *, limit: int | None, buffer: int
     ) -> None:
         self.started: Future[None] = Future()
         self.noted = EngineStats()
-        self._make, self._release, self._limit, self._buffer = make, release, limit, buffer
+        self._serving, self._limit, self._buffer = serving, limit, buffer
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock, self._grammars = threading.Lock(), threading.Lock()
         # Under the lock: whether requests are taken, and how many there are.
@@ -262,29 +259,31 @@ class _Loop:
     # --- the thread
 
     def _run(self) -> None:
-        try:
-            scheduler, error = _attempt(self._make)
+        with ExitStack() as stack:
+            stack.callback(self._over.set)
+            scheduler, error = _attempt(lambda: stack.enter_context(self._serving()))
             if scheduler is None:
                 self.started.set_exception(error)
                 return
+            stack.callback(self._finish)
             self._scheduler = scheduler
             mx.reset_peak_memory()
             self.started.set_result(None)
             while not (self._stopping and not self._streams):
-                self._obey()
+                self._obey(wait=not scheduler.busy)
                 if scheduler.busy:
                     self._step(scheduler)
-        finally:
-            self._finish()
 
-    def _obey(self) -> None:
-        """Do what callers asked for; wait for them if there is nothing else to do."""
-        wait = self._scheduler is not None and not self._scheduler.busy
+    def _obey(self, *, wait: bool) -> None:
+        """Do what callers asked for; with `wait`, wait until they ask for something."""
+        self._note(always=wait)
+        asked = False
         with suppress(Empty):
             while True:
-                self._commands.get(block=wait)()
-                wait = False
-        self._note(always=self._scheduler is not None and not self._scheduler.busy)
+                self._commands.get(block=wait and not asked)()
+                asked = True
+        if asked:
+            self._note(always=True)
 
     def _add(self, job: Job, stream: Stream) -> None:
         self._streams[job.id] = stream
@@ -394,19 +393,15 @@ class _Loop:
         )
 
     def _finish(self) -> None:
-        """Give the models back; end what is left, if the thread itself failed."""
+        """End what is left, if the thread itself failed."""
         with self._lock:
             self._closed, self._scheduler = True, None
-        try:
-            with suppress(Empty):
-                while True:
-                    self._commands.get(block=False)()
-            self._cut = self._cut or bool(self._streams)
-            self._end(list(self._streams), "error", "the engine has failed")
-            mx.clear_cache()
-        finally:
-            self._release()
-            self._over.set()
+        with suppress(Empty):
+            while True:
+                self._commands.get(block=False)()
+        self._cut = self._cut or bool(self._streams)
+        self._end(list(self._streams), "error", "the engine has failed")
+        mx.clear_cache()
 
 
 _Work = SimpleQueue[Callable[[], None]]

@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from operator import index
 from typing import Any
 
 import mlx.core as mx
 
+from .adaptive import AdaptiveDepth, DepthMemory, parse_depth
 from .bitwise import choose_shapes
 from .cache import KVCache
 from .config import LayerSpec
 from .constraints import Grammars
-from .depth import DepthPolicy, parse_depth
+from .costs import CostFacts, CostModel
+from .depth import DepthPolicy, FixedDepth
 from .generation import Filling, Generation, Step, Timing
 from .generation_config import generation_defaults, read_stop_ids
 from .loading import Loaded, Progress, load_pair, memory_limit
@@ -80,12 +84,14 @@ class Runtime:
         self.text = TextCodec.from_directory(loaded.path)
         self._grammars: Grammars | None = None
         self._claimed = False
+        self.depth_memory = DepthMemory(CostModel(cost_facts(loaded)))
         self.bits: ProbeResult | None = None
         self._stop_ids = read_stop_ids(loaded.path) if self.text is None else self.text.stop_ids
         spec = CacheSpec(slots=self.config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
         self._compiled = _can_compile() if compiled is None else compiled
         self.prefixes = PrefixCache(spec, 0)
-        self._speculator = Speculator(loaded.target, loaded.drafter, spec, compiled=self._compiled)
+        self._new_speculator = partial(Speculator, loaded.target, loaded.drafter, spec, compiled=self._compiled)
+        self._speculator = self._new_speculator()
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -269,6 +275,7 @@ class Runtime:
         prefill_budget: int = 512,
         kv_budget: int | None = None,
         prefix_cache: int | PrefixCache = 0,
+        speculator: Speculator | None = None,
     ) -> Scheduler:
         """A scheduler over these models, to be made and stepped in one thread; see `Scheduler`. Raises ValueError.
 
@@ -280,17 +287,23 @@ class Runtime:
             # What one request computed is not what another would have, bit for bit.
             prefix_cache = prefix_cache if shapes.free else 0
         return Scheduler(
-            self._speculator,
+            self._speculator if speculator is None else speculator,
             vocab_size=self.config.vocab_size,
             max_positions=self.config.max_positions,
-            depth=parse_depth(depth) if isinstance(depth, int | str) else depth,
+            depth=self.depth_policy(depth) if isinstance(depth, int | str) else depth,
             max_batch=max_batch,
             chunk=_CHUNK,
             prefill_budget=prefill_budget,
             kv_budget=kv_budget,
             prefix_cache=prefix_cache,
+            pipelined="all" if mx.default_device().type == mx.gpu else "plain",
             constrain=self.constraint,
         )
+
+    def depth_policy(self, depth: int | str) -> AdaptiveDepth | FixedDepth:
+        """The policy for a caller's `depth`. All that are "auto" here learn into one memory. Raises ValueError."""
+        policy = parse_depth(depth, self.depth_memory)
+        return policy if self._loaded.drafter is not None else FixedDepth(0)
 
     def probe(
         self,
@@ -351,14 +364,21 @@ class Runtime:
         limit = memory_limit()
         return max(limit - limit // 16 - weights - prefix_cache, 0)
 
-    def claim(self) -> None:
-        """Refuse direct calls until `release`: an engine computes with these models in its own thread."""
-        self._check_free()
-        self._claimed = True
+    @contextmanager
+    def serving(self, *, kv_budget: int | None = None, prefix_cache: int = 0, **options: Any) -> Iterator[Scheduler]:
+        """A scheduler for an engine, which makes, steps and leaves it in one thread; direct calls raise meanwhile.
 
-    def release(self) -> None:
-        """End a claim."""
-        self._claimed = False
+        `kv_budget` None: `default_kv_budget`. For the rest see `scheduler`. Raises ValueError and RuntimeError.
+        """
+        self._check_free()
+        self._claimed, speculator = True, self._new_speculator()
+        speculator.shapes = self._speculator.shapes
+        try:
+            budget = self.default_kv_budget(prefix_cache) if kv_budget is None else kv_budget
+            yield self.scheduler(kv_budget=budget, prefix_cache=prefix_cache, speculator=speculator, **options)
+        finally:
+            speculator.forget()
+            self._claimed = False
 
     def _check_free(self) -> None:
         if self._claimed:
@@ -410,7 +430,7 @@ class Runtime:
 
     def _exactness(self) -> dict[str, Any]:
         """Whether `exact` holds to the last bit here, and what was done for it. Ready for JSON."""
-        (bitwise, differing), shapes = self._bitwise(), self._speculator.shapes
+        (bitwise, differing), shapes = self.bitwise(), self._speculator.shapes
         out: dict[str, Any] = {"bitwise": bitwise, "differing_shapes": list(differing)}
         if self.bits is not None:
             out |= {"probe": self.bits.describe(), "probe_seconds": round(self.bits.seconds, 3)}
@@ -419,7 +439,7 @@ class Runtime:
             out |= {"steps_padded_to": shapes.least, "longest_blocks": longest}
         return out
 
-    def _bitwise(self) -> tuple[bool | None, tuple[str, ...]]:
+    def bitwise(self) -> tuple[bool | None, tuple[str, ...]]:
         """What an output says of it; see `Generation`."""
         if self._speculator.shapes is not None:
             return True, ()
@@ -476,7 +496,7 @@ class Runtime:
         for request, output in zip(requests, outputs, strict=True):
             number, output.stats = scheduler.add(request)
             output.contract, output.timing = request.sampling.contract, timing
-            output.bitwise, output.differing_shapes = self._bitwise()
+            output.bitwise, output.differing_shapes = self.bitwise()
             least, asked = request.sampling.min_tokens, request.sampling.logprobs
             stream = None if self.text is None else self.text.stream(request.prompt)
             reader = None if stream is None else OutputReader(stream, request.stop, min_tokens=least)
@@ -509,6 +529,32 @@ class Runtime:
             # A caller who leaves in the middle leaves what was computed to the prefix cache.
             for number in fillings:
                 scheduler.cancel(number)
+
+
+def cost_facts(loaded: Loaded) -> CostFacts:
+    """What a round of a pair reads, in bytes: where the cost of drafting starts from before it is measured."""
+    config, drafter = loaded.config, loaded.drafter_config
+    spec = CacheSpec(slots=config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
+    moe = next((s.moe for s in config.layers if s.moe is not None), None)
+    experts = sum(3 * s.moe.experts * s.moe.hidden * config.hidden_size for s in config.layers if s.moe is not None)
+    # Of the tables of per-layer embeddings a forward reads a few rows.
+    tables = config.per_layer_vocab * config.per_layer_hidden * len(config.layers)
+    size = _sizes(loaded.target)
+    each = size["bytes"] / max(size["parameters"], 1)
+    draft = 0.0
+    if loaded.drafter is not None and drafter is not None:
+        size = _sizes(loaded.drafter)
+        head = drafter.vocab_size * drafter.hidden_size if drafter.centroids else 0
+        unread = head * (1 - drafter.centroids.top_k / drafter.centroids.count) if drafter.centroids else 0.0
+        draft = (size["parameters"] - unread) * size["bytes"] / max(size["parameters"], 1)
+    return CostFacts(
+        dense=(loaded.target.parameters - experts - tables) * each,
+        experts=experts * each,
+        count=moe.experts if moe else 1,
+        used=moe.top_k if moe else 1,
+        kv=float(spec.bytes_per_token()),
+        drafter=draft,
+    )
 
 
 def _whole_numbers(tokens: Any) -> list[int]:

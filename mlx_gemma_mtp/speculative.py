@@ -182,6 +182,10 @@ class Speculator:
         self._compiled = compiled
         self._functions: dict[tuple[str, _Key], Callable[..., Any]] = {}
 
+    def forget(self) -> None:
+        """Drop what was compiled, and the weights in it. For the thread that called it: MLX keeps it by thread."""
+        self._functions.clear()
+
     @property
     def alone(self) -> bool:
         """Whether prompts are to be prefilled each by itself, in whole chunks."""

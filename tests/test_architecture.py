@@ -17,8 +17,8 @@ ROOT = Path(mlx_gemma_mtp.__file__).parent
 # Imports point down only, or stay inside one of the packages. A new module needs a place here.
 LEVELS: dict[str, float] = {
     "config": 0, "request": 0, "stats": 0.5, "generation_config": 0.5, "convert.names": 0,
-    "views": 1, "sampling": 1, "cache": 1.5, "prefix": 1.75,
-    "models": 2, "speculative": 2, "depth": 2,
+    "views": 1, "sampling": 1, "acceptance": 1, "costs": 1, "cache": 1.5, "prefix": 1.75,
+    "models": 2, "speculative": 2, "depth": 2, "adaptive": 2.5,
     "loading": 3, "admission": 3, "scheduler": 3.5, "probe": 3, "bitwise": 3.5,
     "text": 4, "stops": 4.5, "tool_grammar": 4.5, "tool_calls": 4.6, "constraints": 4.5, "generation": 4.8,
     "runtime": 5, "handle": 5.2, "engine": 5.5,
@@ -26,7 +26,8 @@ LEVELS: dict[str, float] = {
     "server": 7, "verify_cli": 7, "serve_cli": 7.5,
     "cli": 8,
 }  # fmt: skip
-WITHOUT_MLX = ("config", "request", "stats", "generation_config", "convert.names")
+WITHOUT_MLX = ("config", "request", "stats", "generation_config", "convert.names", "acceptance", "costs", "depth",
+               "adaptive")  # fmt: skip
 # Where every failure has to become an answer: to HTTP, in a terminal, to those who wait for the engine's thread.
 # tokenizers raises plain Exception for a file that it can't read.
 BROAD_EXCEPTS = {"server.app": 1, "engine": 1, "cli": 1, "text": 1}

@@ -1,0 +1,217 @@
+"""How often drafts are accepted, by request and position in the block. Knows no costs and makes no choices.
+
+A rate is that of "accepted, given that all drafts before it were". Rows start from the rates of all requests together
+and soon have their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+POSITIONS = 8
+"""As many drafts as a block can have."""
+
+_FIRST = 0.65  # of a pair that nothing is known of
+_LOWEST, _HIGHEST = 0.01, 0.99
+_START = 4.0  # what the other requests' rate is worth to a new one, in own samples
+_OWN, _ALL = 40.0, 160.0  # samples that a rate remembers
+_STALE = 2.0  # what an old rate is still worth
+_NEIGHBOUR = 6.0  # samples below which a position's rate leans on the one before
+_MOVED = 0.5  # what a rate is worth that had to follow another
+_LATEST = 8.0  # samples that can belie a rate
+_JUMP = 3.0  # standard errors by which they then differ
+_OTHERS = 0.2  # standard deviation between requests
+_DRIFT, _STALE_DRIFT, _MOST_DRIFT = (
+    0.015,
+    0.15,
+    0.4,
+)  # standard deviation that builds up while nothing is drafted, per root of a round
+_RECENT = 16.0  # tokens that tell what a text is like
+_CHANGED = 0.35
+_FORGET = 0.98  # per round in which a position wasn't reached
+
+
+class Rate:
+    """A running mean of accepted or not. `weight`: samples that it stands for; it fades where none come."""
+
+    __slots__ = ("_fast", "_jumps", "_memory", "_stamp", "_weight", "mean")
+
+    def __init__(self, mean: float, weight: float, memory: float, now: int) -> None:
+        self.mean, self._weight, self._memory, self._stamp = mean, weight, memory, now
+        self._fast, self._jumps = mean, memory < _ALL
+
+    def weight(self, now: int) -> float:
+        """At round `now`."""
+        if now == self._stamp or self._weight <= _STALE:
+            return self._weight
+        faded: float = self._weight * _FORGET ** (now - self._stamp)
+        return max(_STALE, faded)
+
+    def add(self, accepted: bool, now: int) -> float:
+        """Count one draft; returns by how much the mean jumped, if the last few drafts belie it."""
+        self._weight = min(self.weight(now) + 1.0, self._memory)
+        self._stamp = now
+        self.mean += (accepted - self.mean) / self._weight
+        self._fast += (accepted - self._fast) / _LATEST
+        jump = self._fast - self.mean
+        if (
+            not self._jumps
+            or self._weight < 2.0 * _LATEST
+            or abs(jump) < _JUMP * self.spread() / math.sqrt(2.0 * _LATEST)
+        ):
+            return 0.0
+        self.mean, self._weight = self._fast, _LATEST
+        return jump
+
+    def shift(self, by: float) -> None:
+        """Move the mean, and trust it less."""
+        self.mean = self._fast = min(max(self.mean + by, _LOWEST), _HIGHEST)
+        self._weight = _MOVED
+
+    def spread(self) -> float:
+        """The standard deviation of one draft."""
+        mean = min(max(self.mean, 0.05), 0.95)
+        return math.sqrt(mean * (1.0 - mean))
+
+
+class AcceptanceModel:
+    """Rates of all requests together (they outlive each), and of every living request."""
+
+    def __init__(self, rates: Sequence[float] = ()) -> None:
+        self._now = 0
+        self._all = [Rate(mean, _START, _ALL, 0) for mean in rates]
+        self._reached = [0] * POSITIONS
+        self._own: dict[int, list[Rate]] = {}
+        self._known: dict[int, list[float]] = {}
+
+    @property
+    def rates(self) -> list[float]:
+        """Of all requests, for the positions that any has reached."""
+        return [rate.mean for rate in self._all]
+
+    def tick(self) -> None:
+        """A round is over: what it told nothing of grows older."""
+        self._now += 1
+
+    def observe(self, request: int | None, offered: int, accepted: int) -> None:
+        """Of `offered` drafts the first `accepted` were kept. Those behind the first rejection tell nothing.
+
+        `request`: None when it has ended.
+        """
+        own = [] if request is None else self._own.setdefault(request, [])
+        for i in range(min(offered, accepted + 1, POSITIONS)):
+            if i == len(own):
+                own.append(Rate(self._guess([r.mean for r in own], i), _START, _OWN, self._now))
+            if i == len(self._all):
+                self._all.append(Rate(own[i].mean, 1.0, _ALL, self._now))
+            jump = own[i].add(i < accepted, self._now)
+            for rate in own[i + 1 :] if jump else ():
+                rate.shift(jump)
+            self._all[i].add(i < accepted, self._now)
+            self._reached[i] = self._now
+        if request is not None:
+            self._known.pop(request, None)
+
+    def forget(self, request: int) -> None:
+        """A request has ended."""
+        self._own.pop(request, None)
+        self._known.pop(request, None)
+
+    def of(self, request: int) -> list[float]:
+        """The rate at each of the positions."""
+        own = self._own.get(request)
+        if own is None:
+            return [self._guess([], i) for i in range(POSITIONS)]
+        if request not in self._known:
+            known: list[float] = []
+            for i in range(POSITIONS):
+                mean = own[i].mean if i < len(own) else self._guess(known[: len(own)], i)
+                if 0 < i < len(own) and (weight := own[i].weight(self._now)) < _NEIGHBOUR:
+                    mean = (weight * mean + (_NEIGHBOUR - weight) * known[-1]) / _NEIGHBOUR
+                known.append(min(max(mean, _LOWEST), _HIGHEST))
+            self._known[request] = known
+        return self._known[request]
+
+    @property
+    def stale(self) -> bool:
+        """Whether rates may be others by now: nothing was drafted for long."""
+        return self._drift(0) > _STALE_DRIFT
+
+    def doubt(self) -> None:
+        """What is drafted next may be another kind of text."""
+        self._reached = [min(r, self._now - int((_MOST_DRIFT / _DRIFT) ** 2)) for r in self._reached]
+
+    def deviations(self, requests: Sequence[int]) -> list[float]:
+        """By how much the mean rate of these requests may be off, at each position."""
+        found, owns = [], [self._own.get(r, []) for r in requests]
+        for i in range(POSITIONS):
+            rates = [own[i] for own in owns if i < len(own)]
+            weight = sum(rate.weight(self._now) for rate in rates)
+            spread = sum(rate.spread() for rate in rates) / len(rates) if rates else 0.5
+            drift = self._drift(i)
+            others = 0.0 if rates else _OTHERS
+            found.append(math.sqrt(spread**2 / (weight + 1.0 if rates else _START) + drift**2 + others**2))
+        return found
+
+    def _drift(self, i: int) -> float:
+        return min(_DRIFT * math.sqrt(self._now - self._reached[i]), _MOST_DRIFT)
+
+    def _guess(self, own: Sequence[float], i: int) -> float:
+        """Of a position that the request hasn't reached: all requests' rate, moved as far as its last one lies off."""
+        known = self._all
+        everyone = known[min(i, len(known) - 1)].mean if known else _FIRST
+        if own and known:
+            last = min(len(own), i) - 1
+            everyone += own[last] - known[min(last, len(known) - 1)].mean
+        return min(max(everyone, _LOWEST), _HIGHEST)
+
+
+def committed(rates: Sequence[float]) -> list[float]:
+    """Tokens that a round of 0, 1, … len(rates) drafts is expected to give a row."""
+    out, chain = [1.0], 1.0
+    for rate in rates:
+        chain *= rate
+        out.append(out[-1] + chain)
+    return out
+
+
+class Predictability:
+    """How often the last two tokens of an output told the next, as they did earlier in it: no drafter is needed.
+
+    It says that a text has become easier or harder to draft (code, repetition) while nothing is drafted.
+    """
+
+    def __init__(self) -> None:
+        self._next: dict[int, dict[tuple[int, int], int]] = {}
+        self._tail: dict[int, tuple[int, ...]] = {}
+        self._hits: dict[int, Rate] = {}
+        self._before: dict[int, float] = {}
+
+    def observe(self, request: int, tokens: Sequence[int]) -> None:
+        """What a request got next."""
+        if not tokens:
+            return
+        follows = self._next.setdefault(request, {})
+        hits = self._hits.setdefault(request, Rate(0.0, 0.0, _RECENT, 0))
+        tail = self._tail.get(request, ())
+        for token in tokens:
+            if len(tail) == 2:
+                hits.add(follows.get((tail[0], tail[1])) == token, 0)
+                follows[tail[0], tail[1]] = token
+            tail = (*tail[-1:], token)
+        self._tail[request] = tail
+
+    def forget(self, request: int) -> None:
+        """A request has ended."""
+        for kept in (self._next, self._tail, self._hits, self._before):
+            kept.pop(request, None)
+
+    def changed(self) -> bool:
+        """Whether a request's text is another than when this was last true."""
+        for request, hits in self._hits.items():
+            before = self._before.setdefault(request, 0.0)
+            if abs(hits.mean - before) > _CHANGED and hits.weight(0) >= _RECENT:
+                self._before[request] = hits.mean
+                return True
+        return False

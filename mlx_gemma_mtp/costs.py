@@ -1,0 +1,310 @@
+"""What rounds cost: seconds by rows, depth and context, learned from measured rounds. Knows no acceptance, no MLX.
+
+A round verifies the block before it and drafts the next, so it costs target(rows, drafts verified, context) plus
+drafted x draft(rows, context). The two shares are learned apart (a scalar Kalman filter with a diagonal covariance),
+together with a level that all share: a machine that gets slower does so at every depth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+DEEPEST = 8
+
+_NOISE = 0.01  # relative variance of one round
+_UNKNOWN = 0.09  # of a share never measured
+_UNKNOWN_STEP = 0.25  # of the drafter's share before any round told it
+_MOVED = 0.01  # added when a table is carried over to other rows or another context
+_AGE, _AGE_UNSEEN, _OLD = 5e-6, 2e-5, 0.02  # added in each round, and up to where
+_LEVEL_AGE = 1e-4
+_CLAMP = 0.25  # of a round's expected seconds: what one sample may say at most
+_STREAK = 8  # rounds of one depth after which a change is the machine's
+_SURE = 4  # samples after which a cost is taken for what it seems
+_SURPRISES = 2  # clamped samples in a row after which costs are taken to have changed
+_ROW_WORK = 0.1  # seconds per further token of a block, beside those of reading the weights once (mlx_small_m.md)
+_FLAT_FROM = 32  # tokens; wider blocks run kernels whose cost grows slowly
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostFacts:
+    """What a forward has to read, in any one unit: where the costs start from before anything is measured.
+
+    `dense`: weights that every forward reads. `experts`: all experts' weights, of which each token uses `used` of
+    `count`. `kv`: K/V of one token held, in layers without a window. `drafter`: weights of a draft step.
+    """
+
+    dense: float = 1.0
+    experts: float = 0.0
+    count: int = 1
+    used: int = 1
+    kv: float = 0.0
+    drafter: float = 0.06
+
+    def target(self, rows: int, verified: int, context: int) -> float:
+        """Of the first half of a round, in the unit of the facts times one."""
+        tokens = rows * (verified + 1)
+        distinct = 1.0 - (1.0 - self.used / self.count) ** tokens
+        work = 1.0 + _ROW_WORK * (min(tokens, _FLAT_FROM) - 1)
+        return self.dense * work + self.experts * distinct + self.kv * rows * context
+
+    def step(self, rows: int, context: int) -> float:
+        """Of one draft in each row."""
+        return self.drafter * (1.0 + _ROW_WORK * (min(rows, _FLAT_FROM) - 1)) + 0.05 * self.kv * rows * context
+
+
+def context_bucket(context: int) -> int:
+    """Contexts of one bucket share a table: below 512 tokens 0, then one per doubling."""
+    return (max(context, 0) // 512).bit_length()
+
+
+def _middle(bucket: int) -> int:
+    return 256 if bucket == 0 else 384 << bucket
+
+
+class Table:
+    """Costs of one number of rows in one bucket of contexts, in seconds at level 1.
+
+    `target[k]` is None where k drafts were never verified; the curve goes through what is known, in the shape of the
+    prior, and never falls with k.
+    """
+
+    def __init__(self, facts: CostFacts, rows: int, bucket: int) -> None:
+        context = _middle(bucket)
+        self.rows, self.bucket = rows, bucket
+        self.prior = [facts.target(rows, k, context) for k in range(DEEPEST + 1)]
+        self.target: list[float | None] = [None] * (DEEPEST + 1)
+        self.variance = [_UNKNOWN] * (DEEPEST + 1)
+        self.samples = [0] * (DEEPEST + 1)
+        self.step = facts.step(rows, context)
+        self.step_variance = _UNKNOWN_STEP
+        self.seen: set[tuple[int, int]] = set()
+        self._surprises = [0] * (DEEPEST + 1)
+        self._last, self._streak = 0, 0
+        self._curve: list[float] | None = None
+
+    def carry(self, other: Table) -> None:
+        """Start from the other's measured shares, as the priors say how they differ."""
+        for k, seconds in enumerate(other.target):
+            if seconds is not None:
+                self.target[k] = seconds * self.prior[k] / other.prior[k]
+                self.variance[k] = min(other.variance[k] + _MOVED, _UNKNOWN)
+                self.samples[k] = other.samples[k]
+        self.step_variance = min(other.step_variance + _MOVED, _UNKNOWN_STEP)
+
+    def known(self, k: int) -> bool:
+        """Whether verifying k drafts was ever measured, here or where this table was carried from."""
+        return self.target[k] is not None
+
+    def curve(self) -> list[float]:
+        """Seconds of the target's share for 0, 1, … drafts, at level 1."""
+        if self._curve is None:
+            self._curve = _through(self.target, self.variance, self.prior)
+        return self._curve
+
+    def steady(self) -> list[float]:
+        """Seconds of rounds that verify and draft 0, 1, … tokens, at level 1."""
+        return [seconds + k * self.step for k, seconds in enumerate(self.curve())]
+
+    def seconds(self, verified: int, drafted: int) -> float:
+        """Of one round, at level 1."""
+        return self.curve()[verified] + drafted * self.step
+
+    def least(self, k: int, errors: float) -> float:
+        """What a round of k drafts costs at least, at level 1: `errors` standard errors below what is known.
+
+        Of a depth hardly ever verified nothing is known but that it costs no less than shallower ones.
+        """
+        base = max((j for j in range(k + 1) if self.known(j) and self.samples[j] >= _SURE), default=0)
+        return self.curve()[base] * max(1.0 - errors * math.sqrt(self.variance[base]), 0.3) + k * self.step
+
+    def age(self, verified: int) -> None:
+        """A round is over: what it didn't verify may have changed meanwhile."""
+        self._streak = self._streak + 1 if verified == self._last else 0
+        self._last = verified
+        self.variance = [
+            v if v >= _OLD else v + (_AGE if k == verified else _AGE_UNSEEN) for k, v in enumerate(self.variance)
+        ]
+
+    def surprise(self, verified: int, clamped: float, residual: float) -> str:
+        """Whether costs have changed: "no", "depth" (only this one's) or "all".
+
+        They have when the clamp cut several samples in a row the same way. After many rounds of one depth it is the
+        machine; else the other depths would have told.
+        """
+        sign = (residual > clamped) - (residual < clamped)
+        count = self._surprises[verified]
+        self._surprises[verified] = count + sign if sign and count * sign >= 0 else sign
+        if abs(self._surprises[verified]) < _SURPRISES:
+            return "no"
+        return "all" if self._streak >= _STREAK and self.samples[verified] >= _SURE else "depth"
+
+    def learn(self, verified: int, drafted: int, residual: float, level: float, level_variance: float) -> float:
+        """Share a round's residual (seconds) out by what is least sure; returns the level's relative correction."""
+        self.samples[verified] += 1
+        first = self.curve()[verified]
+        expected = self.seconds(verified, drafted)
+        parts = (
+            first**2 * self.variance[verified],
+            (drafted * self.step) ** 2 * self.step_variance,
+            expected**2 * level_variance,
+        )
+        whole = sum(parts) + expected**2 * _NOISE
+        self.target[verified] = max(first + residual / level * parts[0] / whole, 0.1 * first)
+        self.variance[verified] *= 1.0 - parts[0] / whole
+        if drafted:
+            moved = residual / level * parts[1] / whole / drafted
+            self.step = max(self.step + moved, 0.1 * self.step)
+            self.step_variance *= 1.0 - parts[1] / whole
+        self._curve = None
+        return residual / (level * expected) * parts[2] / whole
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "rows": self.rows,
+            "context": _middle(self.bucket),
+            "target": self.target,
+            "target_variance": self.variance,
+            "draft": self.step,
+            "draft_variance": self.step_variance,
+        }
+
+
+class CostModel:
+    """Tables by rows and context, and the level of the machine: what a runtime learns, and `tune` stores."""
+
+    def __init__(self, facts: CostFacts | None = None) -> None:
+        self.facts = CostFacts() if facts is None else facts
+        self.level, self._level_variance = 1.0, math.inf
+        self._tables: dict[tuple[int, int], Table] = {}
+
+    @property
+    def measured(self) -> bool:
+        """Whether any round was."""
+        return self._level_variance < math.inf
+
+    def table(self, rows: int, context: int) -> Table:
+        """The table of a shape: made from the nearest one that is there."""
+        key = rows, context_bucket(context)
+        found = self._tables.get(key)
+        if found is None:
+            found = Table(self.facts, *key)
+            near = min(self._tables.values(), key=lambda t: _distance((t.rows, t.bucket), key), default=None)
+            if near is not None:
+                found.carry(near)
+                found.step = (
+                    near.step
+                    * self.facts.step(rows, _middle(key[1]))
+                    / max(self.facts.step(near.rows, _middle(near.bucket)), 1e-30)
+                )
+            self._tables[key] = found
+        return found
+
+    def seconds(self, rows: int, verified: int, drafted: int, context: int) -> float:
+        """What a round is expected to take now."""
+        return self.level * self.table(rows, context).seconds(verified, drafted)
+
+    def observe(
+        self, rows: int, verified: int, drafted: int, context: int, seconds: float, *, settled: bool = True
+    ) -> bool:
+        """Learn from one round; whether it counted. It doesn't where it isn't settled or its shape is new."""
+        table = self.table(rows, context)
+        shape = verified, drafted
+        repeats = shape in table.seen
+        table.seen.add(shape)
+        table.age(verified)
+        if not (settled and repeats and seconds > 0):
+            return False
+        if not self.measured:
+            # The prior has no unit: the first round gives it one.
+            self.level, self._level_variance = seconds / table.seconds(*shape), 0.05
+        self._level_variance += _LEVEL_AGE
+        expected = self.level * table.seconds(*shape)
+        residual = min(max(seconds - expected, -_CLAMP * expected), _CLAMP * expected)
+        if not table.known(verified):
+            # A guess may be far off: clamped as usual, it would take many rounds to leave.
+            residual = min(seconds - expected, expected)
+        changed = table.surprise(verified, residual, seconds - expected)
+        if changed != "no":
+            residual = seconds - expected
+        if changed == "all":
+            self._level_variance = _UNKNOWN
+        elif changed == "depth":
+            table.variance[verified] = _UNKNOWN
+        before = self._level_variance
+        self.level *= 1.0 + table.learn(*shape, residual, self.level, before)
+        self._level_variance = before * (1.0 - before / (before + _NOISE + table.variance[verified]))
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; `from_dict` reads it."""
+        tables = [t.to_dict() for _, t in sorted(self._tables.items()) if any(t.known(k) for k in range(DEEPEST + 1))]
+        return {"facts": asdict(self.facts), "level": self.level, "tables": tables}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CostModel:
+        """The model that was dumped. Raises KeyError, TypeError or ValueError where `data` is something else."""
+        model = cls(CostFacts(**data["facts"]))
+        model.level, model._level_variance = float(data["level"]), 0.01
+        for entry in data["tables"]:
+            table = Table(model.facts, int(entry["rows"]), context_bucket(int(entry["context"])))
+            table.target = [None if s is None else float(s) for s in entry["target"]]
+            table.variance = [float(v) for v in entry["target_variance"]]
+            table.samples = [0 if t is None else _SURE for t in table.target]
+            table.step, table.step_variance = float(entry["draft"]), float(entry["draft_variance"])
+            if len(table.target) != DEEPEST + 1 or len(table.variance) != DEEPEST + 1:
+                raise ValueError(f"target has {len(table.target)} depths, expected {DEEPEST + 1}")
+            model._tables[table.rows, table.bucket] = table
+        return model
+
+
+def _distance(a: tuple[int, int], b: tuple[int, int]) -> float:
+    return abs(math.log2(a[0] / b[0])) + 0.5 * abs(a[1] - b[1])
+
+
+def _through(known: Sequence[float | None], variance: Sequence[float], prior: Sequence[float]) -> list[float]:
+    """A curve through known points, rising; between and behind them in the shape of the prior."""
+    at = [k for k, s in enumerate(known) if s is not None]
+    if not at:
+        return list(prior)
+    values = dict(zip(at, _rising([known[k] or 0.0 for k in at], [1.0 / variance[k] for k in at]), strict=True))
+    curve: list[float] = []
+    for k in range(len(prior)):
+        below = max((j for j in at if j <= k), default=None)
+        above = min((j for j in at if j >= k), default=None)
+        if below is None:
+            assert above is not None
+            guess = min(values[above] * prior[k] / prior[above], values[above])
+        elif above is None:
+            guess = _beyond(values, prior, at, k)
+        elif below == above:
+            guess = values[k]
+        else:
+            share = (k - below) / (above - below)
+            ratio = (1 - share) * values[below] / prior[below] + share * values[above] / prior[above]
+            guess = min(max(prior[k] * ratio, values[below]), values[above])
+        curve.append(max(guess, curve[-1] if curve else 0.0))
+    return curve
+
+
+def _beyond(values: Mapping[int, float], prior: Sequence[float], at: Sequence[int], k: int) -> float:
+    """Behind the last known point: in the shape of the prior, or on the line from the first one if that is more."""
+    first, last = at[0], at[-1]
+    shaped = values[last] * prior[k] / prior[last]
+    if first == last:
+        return shaped
+    return max(shaped, values[last] + (values[last] - values[first]) / (last - first) * (k - last))
+
+
+def _rising(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The nearest values that never fall (pool adjacent violators)."""
+    pools: list[tuple[float, float, int]] = []
+    for value, weight in zip(values, weights, strict=True):
+        pools.append((value, weight, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (a, v, n), (b, w, m) = pools[-2:]
+            pools[-2:] = [((a * v + b * w) / (v + w), v + w, n + m)]
+    return [value for value, _, count in pools for _ in range(count)]

@@ -1,0 +1,231 @@
+"""Adaptive depth in a simulator: near the best fixed depth in hindsight, never far below plain decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from mlx_gemma_mtp.adaptive import AdaptiveDepth, DepthMemory
+from mlx_gemma_mtp.costs import CostModel
+from mlx_gemma_mtp.depth import DepthPolicy, FixedDepth, RoundShape, RowOutcome, RowState
+
+from .simulator import Clock, Cost, Rates, Run, World, experts, flat, linear, steady, stepped
+
+KINDS: dict[str, Cost] = {"flat": flat, "linear": linear, "stepped": stepped, "experts": experts}
+
+
+def _run(world: World, seed: int, memory: DepthMemory | None = None) -> Run:
+    clock = Clock()
+    return world.run(AdaptiveDepth(memory, clock=clock), clock, seed=seed)
+
+
+def _best(world: World) -> tuple[int, float]:
+    """In a world that never changes."""
+    return replace(world, rounds=1).best()
+
+
+def _tuned(world: World) -> DepthMemory:
+    """What `tune` would have found."""
+    costs = CostModel()
+    for k in range(9):
+        for drafted in (0, k):
+            for _ in range(8):
+                costs.observe(world.rows, k, drafted, world.context, world.seconds(k, drafted, 0))
+    return DepthMemory(CostModel.from_dict(costs.to_dict()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.7, 0.85, 0.95])
+def test_regret_and_plain(kind: str, rate: float) -> None:
+    """Over 2,000 rounds, with noise of 15% and a stall every 50 rounds."""
+    world = World(cost=KINDS[kind], rates=steady(rate), stall_every=50)
+    best, rates = _best(world), [_run(world, seed).rate() for seed in (0, 1)]
+    assert min(rates) >= 0.97 * best[1], f"best is {best[0]}"
+    assert best[0] or min(rates) >= 0.98 * best[1], "no depth pays"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lag", [0, 1])
+def test_mixed_batches_with_one_round_under_way(kind: str, lag: int) -> None:
+    """Rows of all kinds of text; compilations cost three rounds each."""
+
+    def rates(row: int, round_: int) -> Sequence[float]:
+        return [(0.2, 0.6, 0.9, 0.95)[row]] * 8
+
+    world = World(cost=KINDS[kind], rates=rates, rows=4, lag=lag, stall_every=50)
+    for seed in (3, 4):
+        assert _run(world, seed, _tuned(world)).rate() >= 0.97 * _best(world)[1]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_profile_leaves_little_to_be_found_out(kind: str, rows: int) -> None:
+    for rate in (0.3, 0.85):
+        world = World(cost=KINDS[kind], rates=steady(rate), rows=rows, rounds=600)
+        assert _run(world, 5, _tuned(world)).rate() >= 0.97 * _best(world)[1]
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("kind", "before", "after"), [
+    ("flat", 0.9, 0.2), ("flat", 0.2, 0.9), ("experts", 0.9, 0.2), ("experts", 0.2, 0.9), ("linear", 0.9, 0.3),
+])  # fmt: skip
+def test_it_recovers_within_60_rounds(kind: str, rows: int, before: float, after: float) -> None:
+    """A text that gets easier repeats itself, which is seen while nothing is drafted."""
+
+    def rates(row: int, round_: int) -> Sequence[float]:
+        return [before if round_ < 1000 else after] * 8
+
+    def tokens(round_: int) -> int:
+        return round_ % 5 if (before if round_ < 1000 else after) > 0.6 else round_
+
+    world = World(cost=KINDS[kind], rates=rates, rows=rows, rounds=1300, tokens=tokens)
+    _, best = _best(world.after(1000))
+    found = [_run(world, seed).rate(1060) / best for seed in range(4)]
+    assert sum(found) / 4 >= 0.93
+
+
+def test_short_requests_cost_little_in_a_fresh_process() -> None:
+    """64 rounds of one request, where no draft pays and each compilation costs five rounds."""
+    world = World(cost=linear, rates=steady(0.4), rounds=64, trace=0.03)
+    plain = Clock()
+    fixed = world.run(FixedDepth(0), plain)
+    assert _run(world, 0).rate() >= 0.75 * fixed.rate()
+
+
+def test_short_requests_learn_from_each_other() -> None:
+    memory = DepthMemory()
+    world = World(cost=flat, rates=steady(0.8), rounds=64)
+    rates = [_run(world, seed, memory).rate() for seed in range(12)]
+    assert min(rates[6:]) >= 0.9 * _best(world)[1]
+
+
+class Book:
+    """A policy driven by hand: a clock, and rounds that take as long as told."""
+
+    def __init__(self, policy: DepthPolicy, clock: Clock) -> None:
+        self.policy, self.clock, self.block = policy, clock, 0
+
+    def round(self, states: Sequence[RowState], seconds: Cost, accepted: int, context: int = 100) -> list[int]:
+        depths = self.policy.plan(states, width=len(states), context=context)
+        self.policy.begin()
+        self.clock.now += seconds(len(states), self.block, context) + 0.001 * max(depths)
+        shape = RoundShape(rows=len(states), verified=self.block, drafted=max(depths), context=context)
+        kept = min(accepted, self.block)
+        outcomes = [RowOutcome(request=s.request, offered=self.block, accepted=kept) for s in states]
+        self.policy.observe(shape, outcomes)
+        self.block = max(depths)
+        return depths
+
+
+def test_rows_that_ask_for_a_depth_get_it_and_the_others_share_the_block() -> None:
+    clock = Clock()
+    book = Book(AdaptiveDepth(clock=clock), clock)
+    states = [RowState(request=0, cap=8, fixed=5), RowState(request=1, cap=8), RowState(request=2, cap=0)]
+    states.append(RowState(request=3, cap=8, fixed=0))
+    for _ in range(30):
+        depths = book.round(states, flat, 8)
+        assert (depths[0], depths[2], depths[3]) == (5, 0, 0)
+        assert depths[1] >= 5, "a block of five drafts is verified anyway"
+
+
+def test_a_row_that_joins_does_not_change_the_running_blocks() -> None:
+    clock = Clock()
+    policy = AdaptiveDepth(clock=clock)
+    book, old = Book(policy, clock), [RowState(request=0, cap=8)]
+    for _ in range(60):
+        running = book.round(old, flat, 8)[0]
+    assert running > 3
+    assert policy.plan([RowState(request=1, cap=8)], width=1, context=5000) == [running]
+
+
+def test_parking_is_explained() -> None:
+    clock = Clock()
+    policy = AdaptiveDepth(clock=clock)
+    assert policy.describe().reason == "nothing was decoded yet"
+    book = Book(policy, clock)
+    for _ in range(300):
+        book.round([RowState(request=0, cap=8)], linear, 0)
+    choice = policy.describe()
+    assert choice.depth == 0
+    assert choice.reason.startswith("parked: verify(2) costs 1.")
+    assert choice.acceptance[0] < 0.4
+    assert choice.costs[0] == 1.0
+    assert list(choice.costs) == sorted(choice.costs)
+
+
+def test_a_pause_between_rounds_is_no_round() -> None:
+    """A caller who reads slowly, or a prefill between two rounds, costs the depths nothing."""
+    clock = Clock()
+    memory = DepthMemory()
+    book = Book(AdaptiveDepth(memory, clock=clock), clock)
+    for _ in range(20):
+        book.round([RowState(request=0, cap=0)], flat, 0)
+        clock.now += 5.0
+    assert memory.costs.seconds(1, 0, 0, 100) == pytest.approx(flat(1, 0, 100), rel=0.02)
+
+
+def test_what_a_further_draft_is_worth() -> None:
+    """Where verifying is free every draft is, where it costs as much as a token only a likely one."""
+    found = {}
+    for name, cost in (("flat", flat), ("experts", experts)):
+        clock = Clock()
+        world = World(cost=cost, rates=steady(0.95), noise=0.0)
+        policy = AdaptiveDepth(_tuned(world), clock=clock)
+        world.run(policy, clock)
+        found[name] = policy.min_chain
+    assert found["flat"] == 0.0
+    assert 0.1 < found["experts"] < 0.8
+    assert FixedDepth(3).min_chain == 0.0
+
+
+def test_a_failed_round_does_not_shift_the_clock_of_the_next() -> None:
+    clock = Clock()
+    memory = DepthMemory()
+    policy = AdaptiveDepth(memory, clock=clock)
+    policy.plan([RowState(request=0, cap=0)], width=1, context=100)
+    policy.begin()
+    policy.forget(0)
+    clock.now += 100.0
+    book = Book(policy, clock)
+    for _ in range(3):
+        book.round([RowState(request=1, cap=0)], flat, 0)
+    assert memory.costs.seconds(1, 0, 0, 100) == pytest.approx(flat(1, 0, 100), rel=0.01)
+
+
+def test_ended_requests_leave_nothing_behind() -> None:
+    """The scheduler forgets a request before it tells of its last round."""
+    clock = Clock()
+    policy = AdaptiveDepth(clock=clock)
+    policy.plan([RowState(request=7, cap=8)], width=1, context=10)
+    policy.begin()
+    policy.forget(7)
+    policy.observe(
+        RoundShape(rows=1, verified=2, drafted=0, context=10),
+        [RowOutcome(request=7, offered=2, accepted=1, tokens=(1, 2))],
+    )
+    assert policy._acceptance._own == {}
+    assert policy._predictability._tail == {}
+    assert policy._acceptance.rates[0] > 0.65, "but all requests' rates know of it"
+
+
+def _growing(row: int, round_: int) -> Sequence[float]:
+    return [0.8] * 8
+
+
+def test_another_context_has_a_table_of_its_own() -> None:
+    """Verifying gets dear as the context grows: what paid at first is given up."""
+
+    def cost(rows: int, verified: int, context: int) -> float:
+        return flat(rows, verified, context) + 1e-5 * max(context - 1000, 0) * verified
+
+    rates: Rates = _growing
+    world = World(cost=cost, rates=rates, rounds=2000, context=300, growth=4.0)
+    run = _run(world, 1)
+    assert sum(run.depths[:400]) / 400 > 3
+    late = world.after(1500)
+    assert run.rate(1700) >= 0.94 * max(
+        sum(late.expected(k, t) for t in range(200, 500)) / sum(world.seconds(k, k, 1500 + t) for t in range(200, 500))
+        for k in range(9)
+    )
