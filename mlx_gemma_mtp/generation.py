@@ -111,7 +111,7 @@ class Filling:
     def take(self, event: TokenEvent) -> Step | None:
         """Note the tokens of an event; None for one behind a stop string, which is counted as cut."""
         output, reader = self.output, self._reader
-        if self.stopped:
+        if reader is not None and reader.matched is not None:
             self.settle()
             return None
         kept, pieces = len(event.tokens), tuple[Piece, ...]()
@@ -130,7 +130,7 @@ class Filling:
         output.drafted += event.drafted[:kept]
         if output.logprobs is not None:
             output.logprobs += event.logprobs[:kept]
-        if self.stopped:
+        if reader is not None and reader.matched is not None:
             self.settle()
         return Step(
             tokens=event.tokens[:kept],
