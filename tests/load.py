@@ -13,10 +13,11 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -172,7 +173,7 @@ def serve(*options: str) -> tuple[subprocess.Popen[str], str]:
         assert line, "the server ended"
         url = line.split(" at ")[1].split(" ")[0] if " at http" in line else ""
     # A pipe that nobody reads would fill up and hold the server.
-    subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
+    threading.Thread(target=_drain, args=(process.stderr,), daemon=True).start()
     for _ in range(400):
         try:
             httpx.get(f"{url}/health")
@@ -180,6 +181,12 @@ def serve(*options: str) -> tuple[subprocess.Popen[str], str]:
         except httpx.TransportError:
             time.sleep(0.05)
     return process, url
+
+
+def _drain(pipe: IO[str]) -> None:
+    with pipe:
+        for _ in pipe:
+            pass
 
 
 def run(*, clients: int, seconds: float, leave: float, count: int, options: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -191,8 +198,6 @@ def run(*, clients: int, seconds: float, leave: float, count: int, options: tupl
     finally:
         process.terminate()
         process.wait(60)
-        assert process.stderr is not None
-        process.stderr.close()
 
 
 def main() -> int:
