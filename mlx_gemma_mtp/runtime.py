@@ -244,6 +244,11 @@ class Runtime:
             mx.eval(parts[-1], *cache.arrays)
         return mx.concatenate(parts)
 
+    def next_logits(self, tokens: Sequence[int]) -> mx.array:
+        """Logits (vocab,), float32, after the last of `tokens`."""
+        _, hidden = self._prefilled(self._checked(tokens))
+        return self._loaded.target.unembed(hidden)[0].astype(mx.float32)
+
     def draft(self, tokens: Sequence[int], depth: int = 4, position: int | None = None) -> list[int]:
         """The drafter's greedy guesses after `tokens` and the target's own next token.
 
@@ -291,7 +296,8 @@ class Runtime:
             prefill_budget=prefill_budget,
             kv_budget=kv_budget,
             prefix_cache=prefix_cache,
-            constrain=self._constrain,
+            pipelined="all" if mx.default_device().type == mx.gpu else "plain",
+            constrain=self.constraint,
         )
 
     def depth_policy(self, depth: int | str) -> AdaptiveDepth | FixedDepth:
@@ -439,8 +445,8 @@ class Runtime:
             return True, ()
         return (None, ()) if self.bits is None else (self.bits.bitwise, self.bits.differing_shapes)
 
-    def _constrain(self, request: Request) -> Constraint | None:
-        """The constraint of a request, started for its output."""
+    def constraint(self, request: Request) -> Constraint | None:
+        """The constraint of a request, started for its output; None: it has none. Raises ValueError."""
         if request.sampling.constraint is None:
             return None
         if self.text is None:
@@ -516,6 +522,7 @@ class Runtime:
                         continue
                     if filling.stopped and event.finish_reason is None:
                         scheduler.cancel(event.request_id)
+                        filling.settle()
                     timing.decode_tokens += 0 if prefill else len(step.tokens)
                     yield step
         finally:

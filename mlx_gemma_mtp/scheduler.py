@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -47,6 +48,9 @@ class _Launched:
     traced: bool
 
 
+Pipelined = Literal["all", "plain", "none"]
+"""Rounds that are launched ahead. On a CPU, whose cores also build the graph, only plain ones gain by it."""
+
 _BLOCKS = (1, 2, 4)
 """Depths to which a block is cut: few, as each is a shape of its own."""
 
@@ -62,8 +66,9 @@ class Scheduler:
     prompts and outputs that are over, for prompts that begin alike. `constrain` starts a request's constraint, or
     raises ValueError.
 
-    With `pipelined`, the next round is handed to the device before the last one's tokens are read, wherever nothing
-    that they say could change it (but a stop: then a row computes one round in vain). Depths then lag by one round.
+    The next round is handed to the device before the last one's tokens are read, wherever nothing that they say could
+    change it (but a stop: then a row computes one round in vain); depths then lag by one round. `pipelined` says for
+    which rounds: all, or those without drafts, or none.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class Scheduler:
         kv_budget: int | None = None,
         prefix_cache: int | PrefixCache = 0,
         constrain: Callable[[Request], Constraint | None] = lambda _: None,
-        pipelined: bool = True,
+        pipelined: Pipelined = "plain",
     ) -> None:
         for name, value in (("max_batch", max_batch), ("chunk", chunk), ("prefill_budget", prefill_budget)):
             if value < 1:
@@ -202,7 +207,9 @@ class Scheduler:
             if running is not None and running.id == request_id:
                 self._close(row)
                 self._shrink()
-                self._pending = [event for event in self._pending if event.request_id != request_id]
+                unsaid = [event for event in self._pending if event.request_id == request_id]
+                running.stats.cut += sum(len(event.tokens) for event in unsaid)
+                self._pending = [event for event in self._pending if event not in unsaid]
                 return True
         return False
 
@@ -333,9 +340,9 @@ class Scheduler:
         assert self._block is not None
         self._batch_at_risk = True
         self._block = self._speculator.fitted(self._block)
-        self._offered = [min(n, self._block.depth) for n in self._offered]
         context, traces, depths = self._context(), self._speculator.traces, self._plan(ahead=ahead)
-        masks = self._masks(self._rows, self._block, self._offered)
+        # Of a round that is ahead, what is offered isn't known yet; it has no row with a constraint.
+        masks = self._masks(self._rows, self._block, [min(n, self._block.depth) for n in self._offered])
         self._depth.begin()
         flight = self._speculator.launch(
             self._cache, self._block, depths, self._sampler, masks, min_chain=self._depth.min_chain, ahead=ahead
@@ -347,7 +354,9 @@ class Scheduler:
 
     def _may_go_ahead(self, flight: Flight) -> bool:
         """Whether the next round can be launched, and is likely to be of use, before this one's tokens are known."""
-        if not self._pipelined or self._closing or self._depth.min_chain > 0 or self.running == 0:
+        if self._closing or self._depth.min_chain > 0 or self.running == 0:
+            return False
+        if self._pipelined == "none" or (self._pipelined == "plain" and flight.block.depth):
             return False
         jobs = [job for job in self._rows if job is not None]
         ending = sum(job.request.max_tokens - job.stats.tokens <= flight.verified for job in jobs)
@@ -359,7 +368,11 @@ class Scheduler:
 
     def _land(self, launched: _Launched) -> list[TokenEvent]:
         """Read a round's tokens: events, counters, and what is over."""
-        result, offered = self._speculator.land(launched.flight, self._cache), self._offered
+        flight = launched.flight
+        result, offered = (
+            self._speculator.land(flight, self._cache),
+            [min(n, flight.verified - 1) for n in self._offered],
+        )
         events, outcomes = [], []
         for row, job in enumerate(launched.rows):
             if job is None or job is not self._rows[row]:
@@ -376,7 +389,6 @@ class Scheduler:
             if event.finish_reason is not None:
                 self._rows[row] = None
                 self._closing.append((row, job))
-        flight = launched.flight
         shape = RoundShape(
             rows=len(launched.rows),
             verified=flight.verified - 1,

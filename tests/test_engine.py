@@ -30,7 +30,8 @@ from mlx_gemma_mtp import (
     TokenEvent,
     load,
 )
-from mlx_gemma_mtp.depth import FixedDepth, parse_depth
+from mlx_gemma_mtp.adaptive import parse_depth
+from mlx_gemma_mtp.depth import FixedDepth
 from mlx_gemma_mtp.request import ConstraintError
 from mlx_gemma_mtp.scheduler import Scheduler
 

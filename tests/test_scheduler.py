@@ -98,7 +98,7 @@ requests = st.fixed_dictionaries(
             "depth": st.integers(0, 8),
             "rows_that_fit": st.sampled_from([None, 1, 1.3, 2, 2.5]),
             "prefix_cache": st.sampled_from([0, 700, 2000, 100_000]),
-            "pipelined": st.booleans(),
+            "pipelined": st.sampled_from(["all", "plain", "none"]),
             # The fake drafter gives each of its guesses a probability of 0.21.
             "min_chain": st.sampled_from([0.0, 0.0, 0.03, 0.5]),
         }
@@ -297,8 +297,8 @@ def test_a_row_offers_its_drafts_up_to_the_one_that_makes_the_chain_improbable(c
 
 
 def test_rounds_go_ahead_of_what_is_read_and_end_with_the_rows() -> None:
-    for pipelined in (True, False):
-        scheduler = _scheduler(pipelined=pipelined, depth=2)
+    for pipelined, depth in (("all", 2), ("plain", 2), ("plain", 0), ("none", 0)):
+        scheduler = _scheduler(pipelined=pipelined, depth=depth)
         launched: list[int] = []
         speculator = scheduler._speculator
         launch = speculator.launch
@@ -313,7 +313,7 @@ def test_rounds_go_ahead_of_what_is_read_and_end_with_the_rows() -> None:
             got: dict[int, list[int]] = {}
             _drain(scheduler, got, {})
         assert got == {i: expected([1] * n, 50) for i, n in enumerate((3, 9))}
-        assert (sum(a > 0 for a in launched) > len(launched) // 2) == pipelined
+        assert (sum(a > 0 for a in launched) > len(launched) // 2) == ((pipelined, depth) in {("all", 2), ("plain", 0)})
         assert scheduler.stats().kv_bytes == 0
 
 
