@@ -151,7 +151,7 @@ class Soak:
         if not ok or any(e.finish_reason for e in events[:-1]):
             self._wrong(f"request {handle.id}: {len(tokens)} of {request.max_tokens} tokens, {events[-1]}")
         if handle.stats.tokens != len(tokens):
-            self._wrong(f"request {handle.id}: {len(tokens)} tokens, counted {handle.stats.tokens}")
+            self._wrong(f"request {handle.id}: {len(tokens)} tokens, {events[-1]}, counted {handle.stats}: {request}")
         if request.sampling.contract == "exact" and request.sampling.constraint is None and not request.stop:
             with self._lock:
                 self._done.append((request, tokens))
