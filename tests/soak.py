@@ -236,8 +236,9 @@ def soak(count: int, *, seed: int = 0, longest: int = LONGEST, rt: Runtime | Non
         "resident_start": resident,
         "resident_after": resident_bytes(),
     }
-    for name, found in (("idle, less the prefix cache", idle), ("after", after)):
-        if not abs(found - start) <= 0.01 * start:
+    # A buffer that MLX takes from its pool may be larger than what is kept in it, and counts whole.
+    for name, found, pooled in (("idle, less the prefix cache", idle, stats.prefix_bytes / 8), ("after", after, 0)):
+        if not abs(found - start) <= 0.01 * start + pooled:
             report.wrong.append(f"memory {name}: {found} bytes, began with {start}")
     if stats.kv_bytes or stats.failed_steps:
         report.wrong.append(f"left over: {stats.kv_bytes} bytes of K/V; {stats.failed_steps} steps failed")
