@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _PROGRAM = "mlx-gemma-mtp"
 _DEMO = "demo"
+_PROBED_ROWS = 8
 _USAGE, _FAILURE, _INTERRUPTED, _BROKEN_PIPE = 2, 1, 130, 141
 _DIM, _DRAFTED, _RESET = "\x1b[2m", "\x1b[32m", "\x1b[0m"
 _LEVELS = "▁▂▃▄▅▆▇█"
@@ -86,6 +87,10 @@ StopOption = Annotated[
     list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text in the answer. Repeatable.")
 ]
 SeedOption = Annotated[int | None, typer.Option(help="Sampled output comes again, the same at every depth.")]
+BitwiseOption = Annotated[
+    bool,
+    typer.Option("--bitwise", help="Decode only in shapes probed to round like single steps; fail where none does."),
+]
 SystemOption = Annotated[str | None, typer.Option(help="System message.")]
 ThinkingOption = Annotated[bool, typer.Option("--thinking/--no-thinking", help="Let the model think first.")]
 HighlightOption = Annotated[bool, typer.Option("--highlight", help="Colour the accepted drafts.")]
@@ -136,6 +141,7 @@ def generate(
     seed: SeedOption = None,
     stop: StopOption = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")] = False,
+    bitwise: BitwiseOption = False,
     highlight: HighlightOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -146,7 +152,7 @@ def generate(
         max_tokens=max_tokens, depth=_depth(depth), ignore_eos=ignore_eos, sampling=params, stop=_stops(stop)
     )
     ask = _ask(text, prompt, tokens, raw=raw, system=system, thinking=thinking)
-    source = _Source(model=model, drafter=drafter, revision=revision, dtype=dtype)
+    source = _Source(model=model, drafter=drafter, revision=revision, dtype=dtype, bitwise_rows=int(bitwise))
     runtime = _open(source, quiet=as_json)
     ids = _prompt_ids(runtime, ask, quiet=as_json)
     if as_json:
@@ -176,11 +182,13 @@ def chat(
     system: SystemOption = None,
     thinking: ThinkingOption = False,
     highlight: HighlightOption = False,
+    bitwise: BitwiseOption = False,
 ) -> None:
     """Hold a conversation. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves."""
     params = _Sampling.of(model_sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     limits = _Limits(max_tokens=max_tokens, depth=_depth(depth), ignore_eos=False, sampling=params, stop=_stops(stop))
-    runtime = _open(_Source(model=model, drafter=drafter, revision=revision, dtype=dtype), quiet=False)
+    source = _Source(model=model, drafter=drafter, revision=revision, dtype=dtype, bitwise_rows=int(bitwise))
+    runtime = _open(source, quiet=False)
     if runtime.text is None or not runtime.text.has_chat_template:
         lacks = "tokenizer" if runtime.text is None else "chat template"
         raise ValueError(f"this model has no {lacks}, which a conversation needs; try `{_PROGRAM} generate`")
@@ -193,10 +201,14 @@ def info(
     drafter: DrafterOption = "auto",
     revision: RevisionOption = None,
     dtype: DtypeOption = None,
+    bitwise: BitwiseOption = False,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows of the largest batch, for --bitwise.")] = 8,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a model and its drafter are made of."""
-    runtime = _open(_Source(model=model, drafter=drafter, revision=revision, dtype=dtype), quiet=as_json)
+    rows = max_batch if bitwise else 0
+    source = _Source(model=model, drafter=drafter, revision=revision, dtype=dtype, bitwise_rows=rows)
+    runtime = _open(source, quiet=as_json)
     if as_json:
         typer.echo(json.dumps(runtime.info()))
     else:
@@ -219,12 +231,14 @@ def verify(
     allow_ties: Annotated[bool, typer.Option("--allow-ties", help="Let near-ties within rounding pass.")] = False,
     mlx_lm: Annotated[bool, typer.Option("--mlx-lm/--no-mlx-lm", help="Compare plain decoding with mlx-lm's.")] = True,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as a page, too.")] = None,
+    bitwise: BitwiseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check that drafts change no token: exit code 0 if all outputs equal plain decoding's, 1 if not.
 
-    A line of FILE has a prompt, tokens or messages, and any of temperature, top_p, top_k, min_p, seed, max_tokens,
-    penalties, logit_bias. Without FILE, a built-in set. Sampled requests without a seed get one.
+    A line of FILE has a prompt, tokens or messages, and any of OpenAI's parameters: sampling, penalties, seed, stop,
+    response_format, logprobs, n, tools; regex, grammar and thinking_budget, too. Without FILE, a built-in set. Sampled
+    requests without a seed get one.
     """
     from . import verify_cli
 
@@ -243,7 +257,9 @@ def verify(
         mlx_lm=mlx_lm,
     )
     lines = verify_cli.read_lines(file)
-    runtime = _open(_Source(model=model, drafter=drafter, revision=revision, dtype=dtype), quiet=as_json)
+    rows = max_batch if bitwise else 0
+    source = _Source(model=model, drafter=drafter, revision=revision, dtype=dtype, bitwise_rows=rows)
+    runtime = _open(source, quiet=as_json)
     with _progress(shown=not as_json and sys.stderr.isatty()) as progress:
         report = verify_cli.check(runtime, lines, options, progress)
     raise typer.Exit(verify_cli.show(report, options, as_json=as_json, html=html))
@@ -272,9 +288,11 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 64,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="For requests that don't say.")] = 4096,
-    prefill_budget: Annotated[int, typer.Option(min=1, help="Prompt tokens per step.")] = 2048,
-    kv_budget: Annotated[str | None, typer.Option(metavar="8GB", help="Memory for K/V.")] = None,
-    prefix_cache: Annotated[str, typer.Option(metavar="2GB", help="Memory for prefixes kept.")] = "0",
+    prefill_budget: Annotated[int, typer.Option(min=1, help="Prompt tokens per step.")] = 512,
+    kv_budget: Annotated[
+        str | None, typer.Option(metavar="8GB", help="Memory for K/V; what the device recommends, less the weights.")
+    ] = None,
+    prefix_cache: Annotated[str, typer.Option(metavar="2GB", help="Memory for prefixes of chats; 0: none.")] = "1GB",
     max_body: Annotated[str, typer.Option(metavar="4MiB", help="Largest body of a request.")] = "4MiB",
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that answers get to finish at the end.")] = 30.0,
@@ -354,6 +372,8 @@ class _Source:
     drafter: str
     revision: str | None
     dtype: str | None
+    bitwise_rows: int = 0
+    """With --bitwise: rows of the largest batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -472,6 +492,8 @@ def _open(source: _Source, *, quiet: bool) -> Runtime:
             dtype=source.dtype,
             revision=source.revision,
             progress=progress,
+            bitwise=source.bitwise_rows > 0,
+            max_batch=source.bitwise_rows or _PROBED_ROWS,
         )
 
 
@@ -543,6 +565,8 @@ def _record(result: Generation, runtime: Runtime, source: _Source, limits: _Limi
         "finish_reason": result.finish_reason,
         "stop": result.stop,
         "contract": result.contract,
+        "bitwise": result.bitwise,
+        "differing_shapes": list(result.differing_shapes),
         "stats": result.stats.to_dict(),
         "timing": result.timing.to_dict(),
     }

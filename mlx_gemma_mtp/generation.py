@@ -108,11 +108,16 @@ class Filling:
         """Whether a stop string has ended the output, of which the scheduler knows nothing."""
         return self.output.stop is not None
 
+    def settle(self) -> None:
+        """Count as cut what the request was given beyond the stop string; again after it was cancelled."""
+        stats = self.output.stats
+        stats.cut += stats.tokens - len(self.output.tokens)
+
     def take(self, event: TokenEvent) -> Step | None:
         """Note the tokens of an event; None for one behind a stop string, which is counted as cut."""
         output, reader = self.output, self._reader
-        if self.stopped:
-            output.stats.cut += len(event.tokens)
+        if reader is not None and reader.matched is not None:
+            self.settle()
             return None
         kept, pieces = len(event.tokens), tuple[Piece, ...]()
         output.finish_reason, output.error = event.finish_reason, event.error
@@ -123,7 +128,6 @@ class Filling:
                 pieces = merged((*pieces, *reader.flush()))
             if reader.matched is not None:
                 output.finish_reason, output.stop = "stop", reader.matched
-                output.stats.cut += len(event.tokens) - kept
             for piece in pieces:
                 self._text[piece.kind] += piece.text
             output.text, output.thinking = self._text["answer"], self._text["thinking"] or None
@@ -131,6 +135,8 @@ class Filling:
         output.drafted += event.drafted[:kept]
         if output.logprobs is not None:
             output.logprobs += event.logprobs[:kept]
+        if reader is not None and reader.matched is not None:
+            self.settle()
         return Step(
             tokens=event.tokens[:kept],
             drafted=event.drafted[:kept],

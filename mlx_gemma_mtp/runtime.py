@@ -248,6 +248,11 @@ class Runtime:
             mx.eval(parts[-1], *cache.arrays)
         return mx.concatenate(parts)
 
+    def next_logits(self, tokens: Sequence[int]) -> mx.array:
+        """Logits (vocab,), float32, after the last of `tokens`."""
+        _, hidden = self._prefilled(self._checked(tokens))
+        return self._loaded.target.unembed(hidden)[0].astype(mx.float32)
+
     def draft(self, tokens: Sequence[int], depth: int = 4, position: int | None = None) -> list[int]:
         """The drafter's greedy guesses after `tokens` and the target's own next token.
 
@@ -296,7 +301,7 @@ class Runtime:
             kv_budget=kv_budget,
             prefix_cache=prefix_cache,
             pipelined="all" if mx.default_device().type == mx.gpu else "plain",
-            constrain=self._constrain,
+            constrain=self.constraint,
         )
 
     def profile(self) -> Profile:
@@ -465,8 +470,8 @@ class Runtime:
             return True, ()
         return (None, ()) if self.bits is None else (self.bits.bitwise, self.bits.differing_shapes)
 
-    def _constrain(self, request: Request) -> Constraint | None:
-        """The constraint of a request, started for its output."""
+    def constraint(self, request: Request) -> Constraint | None:
+        """The constraint of a request, started for its output; None: it has none. Raises ValueError."""
         if request.sampling.constraint is None:
             return None
         if self.text is None:
@@ -545,6 +550,7 @@ class Runtime:
                         continue
                     if filling.stopped and event.finish_reason is None:
                         scheduler.cancel(event.request_id)
+                        filling.settle()
                     timing.decode_tokens += 0 if prefill else len(step.tokens)
                     yield step
         finally:

@@ -47,6 +47,7 @@ class Clock:
     """Stands for a Timing."""
 
     prompt_tokens: int = 4
+    reused_tokens: int = 1
     prefill_rate: float = 40.0
     decode_rate: float = 12.5
     peak_memory: int = 3 * 2**29
@@ -74,6 +75,9 @@ class Fake:
         if path == "missing":
             raise FileNotFoundError("no such\nmodel")
         return self
+
+    def keep_prefixes(self, limit: int) -> None:
+        """A chat asks for it."""
 
     @property
     def generation_defaults(self) -> SamplingParams:
@@ -110,6 +114,8 @@ class Fake:
             finish_reason="length",
             stop=None,
             contract="exact",
+            bitwise=False,
+            differing_shapes=("1x4",),
             stats=self.stats,
             timing=Clock(),
         )
@@ -186,14 +192,16 @@ class TestGenerate:
         ):
             assert part in result.stderr
         assert "\x1b" not in result.output
-        assert fake.loads == [{"path": "m", "drafter": "auto", "dtype": None, "revision": None, "progress": None}]
+        free = {"progress": None, "bitwise": False, "max_batch": 8}
+        assert fake.loads == [{"path": "m", "drafter": "auto", "dtype": None, "revision": None, **free}]
 
     def test_options_reach_the_runtime(self, run: Run, fake: Fake) -> None:
         model = ["--model", "m", "--drafter", "none", "--revision", "r", "--dtype", "float32"]
         sampled = ["--temperature", "0.7", "--top-k", "20", "--seed", "5", "--stop", "\n\n", "--stop", "END"]
         run("generate", "-p", "hi", *model, "-n", "8", "--depth", "4", "--ignore-eos", *sampled)
         assert fake.loads[0] == {
-            "path": "m", "drafter": None, "revision": "r", "dtype": "float32", "progress": None
+            "path": "m", "drafter": None, "revision": "r", "dtype": "float32", "progress": None, "bitwise": False,
+            "max_batch": 8,
         }  # fmt: skip
         sampling = SamplingParams(temperature=0.7, top_k=20, seed=5)
         expected = {"max_tokens": 8, "depth": 4, "ignore_eos": True, "sampling": sampling, "stop": ("\n\n", "END")}
@@ -202,6 +210,10 @@ class TestGenerate:
     def test_options_go_before_the_models_own_sampling(self, run: Run, fake: Fake) -> None:
         run("generate", "hi", "--model-sampling", "--top-p", "0.5")
         assert fake.calls[0][1]["sampling"] == SamplingParams(temperature=1.0, top_k=64, top_p=0.5)
+
+    def test_bitwise_is_for_one_row(self, run: Run, fake: Fake) -> None:
+        run("generate", "hi", "--bitwise")
+        assert (fake.loads[0]["bitwise"], fake.loads[0]["max_batch"]) == (True, 1)
 
     def test_an_empty_stop_string_is_refused(self, run: Run) -> None:
         result = run("generate", "hi", "--stop", "")
@@ -266,6 +278,8 @@ class TestJson:
             "finish_reason": "length",
             "stop": None,
             "contract": "exact",
+            "bitwise": False,
+            "differing_shapes": ["1x4"],
             "stats": fake.stats.to_dict(),
             "timing": Clock().to_dict(),
         }

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from mlx_gemma_mtp import Runtime, SamplingParams
 from mlx_gemma_mtp.cli import app
+from mlx_gemma_mtp.constraints import Both, JsonSchema, Regex, ThinkingBudget
 from mlx_gemma_mtp.loading import load_pair
 from mlx_gemma_mtp.request import FinishReason
 from mlx_gemma_mtp.sampling import History
@@ -26,19 +27,18 @@ from mlx_gemma_mtp.verify import (
     CaseError,
     CaseReport,
     Check,
-    Choice,
     Difference,
     Limits,
-    MlxLm,
-    MlxLmError,
-    Output,
     Report,
     built_in_cases,
     read_cases,
-    rounding,
     verify,
     worst,
 )
+from mlx_gemma_mtp.verify.check import Pair
+from mlx_gemma_mtp.verify.judge import Choice, rounding
+from mlx_gemma_mtp.verify.peer import MlxLm, MlxLmError
+from mlx_gemma_mtp.verify.report import Output
 from mlx_gemma_mtp.verify_cli import differences, page, parse_depths, sentence
 from mlx_gemma_mtp.views import BlockView
 
@@ -105,6 +105,34 @@ class TestPairs:
         assert shares == sorted(shares)
         assert 0 < shares[0] < shares[-1] < 1
 
+    def test_constraints_choices_and_stop_strings_are_verified(self, demo: Runtime) -> None:
+        schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+        lines = [
+            {"prompt": "As JSON, please.", "temperature": 0.8, "response_format": {"type": "json_object"}},
+            {"prompt": "As JSON.", "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
+            {"prompt": "Tell a story.", "stop": [" the", "."], "ignore_eos": True},
+            {"prompt": "Say something.", "temperature": 1.0, "n": 2, "logprobs": True},
+        ]
+        chosen = read_cases(map(json.dumps, lines), demo.text, Limits.of(demo, 24))
+        report = verify(demo, chosen, depths=[2, 5], mlx_lm=False)
+        assert report.verdict == "equal", list(map(sentence, (c for _, c in differences(report))))
+        stopped, first, second = report.cases[2].plain, *(entry.plain for entry in report.cases[3:])
+        assert (stopped.finish_reason, len(stopped.tokens) < 24) == ("stop", True)
+        assert first.tokens != second.tokens
+        assert json.loads(json.dumps(report.to_dict()))["requests"][2]["stop"] == [" the", "."]
+
+    def test_a_constraint_that_cant_be_kept_names_its_request(self, demo: Runtime) -> None:
+        chosen = read_cases(['{"id": "bad", "prompt": "x", "regex": "("}'], demo.text, Limits.of(demo, 8))
+        with pytest.raises(CaseError, match="request bad: pattern can't be used"):
+            verify(demo, chosen, depths=[1])
+
+    def test_a_constraint_limits_what_rounding_explains(self) -> None:
+        logits = mx.array([9.0, 5.0, 4.999, 1.0])
+        allowed = mx.array([False, True, True, True])
+        history = History(SamplingParams(), [1], [], frozenset())
+        assert not Choice(logits, history).within_reach(2, 0.01)
+        assert Choice(logits, history, allowed).within_reach(2, 0.01)
+
     def test_later_requests_join(self, tiny: Runtime) -> None:
         report = verify(tiny, cases(*SOME, {"tokens": [3], "max_tokens": 1}), depths=[0, 2], max_batch=2, mlx_lm=False)
         assert report.verdict == "equal"
@@ -157,7 +185,7 @@ class TestMlxLm:
         assert "mlx-lm can't load" in str(report.mlx_lm_note)
 
     def test_too_little_memory(self, tiny: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("mlx_gemma_mtp.verify.memory_limit", lambda: 1000)
+        monkeypatch.setattr("mlx_gemma_mtp.verify.peer.memory_limit", lambda: 1000)
         with pytest.raises(MlxLmError, match="twice over"):
             MlxLm(tiny)
 
@@ -256,7 +284,7 @@ class TestJudgement:
         assert rounding(0.0, mx.float32, 4, 64) == rounding(1.0, mx.float32, 4, 64)
 
     def test_tf32(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("mlx_gemma_mtp.verify.mx.default_device", lambda: SimpleNamespace(type=mx.gpu))
+        monkeypatch.setattr("mlx_gemma_mtp.verify.judge.mx.default_device", lambda: SimpleNamespace(type=mx.gpu))
         monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
         assert rounding(20.0, mx.float32, 64, 64) == pytest.approx(20 * 2**-10 * 4)
         monkeypatch.setenv("MLX_ENABLE_TF32", "0")
@@ -281,9 +309,7 @@ class TestDifferences:
     def test_ends(
         self, tiny: Runtime, tokens: tuple[int, ...], reason: FinishReason, position: int, got: int | None
     ) -> None:
-        from mlx_gemma_mtp.verify import _Pair
-
-        found = _Pair(tiny).difference(cases(SOME[0])[0], Output((5, 6, 7), "length"), Output(tokens, reason))
+        found = Pair(tiny).difference(cases(SOME[0])[0], Output((5, 6, 7), "length"), Output(tokens, reason))
         assert found is not None
         assert found.position == position
         assert found.got == got or (got == 106 and found.got == 1)
@@ -296,9 +322,20 @@ class TestRequests:
         [
             ("{", "line 1: not JSON"),
             ("[1]", "line 1: list, expected a JSON object"),
-            ('{"prompt": "a", "model": "x"}', "line 1: field 'model' isn't supported here"),
-            ('{"tokens": [5], "stop": ["x"]}', "field 'stop' isn't"),
-            ('{"tokens": [5], "n": 2}', "field 'n' isn't"),
+            ('{"prompt": "a", "best_of": 2}', "line 1: field 'best_of' isn't supported here"),
+            ('{"tokens": [5], "stop": ["x"]}', "stop needs a tokenizer"),
+            ('{"tokens": [5], "stop_token_ids": [512]}', "stop_token_ids has 512"),
+            ('{"tokens": [5], "n": 0}', "n is 0, expected a count of at least 1"),
+            ('{"tokens": [5], "tools": []}', "tools are there beside tokens"),
+            ('{"tokens": [5], "top_logprobs": 2}', "top_logprobs is 2 without logprobs"),
+            ('{"tokens": [5], "logprobs": 1, "top_logprobs": 2}', "logprobs is 1 beside top_logprobs"),
+            ('{"tokens": [5], "logprobs": "yes"}', "logprobs is 'yes', expected true, false or a count"),
+            ('{"tokens": [5], "regex": "a", "grammar": "b"}', "regex and grammar are there, expected one"),
+            (
+                '{"tokens": [5], "response_format": {"type": "xml"}}',
+                "response_format is {'type': 'xml'}, expected text",
+            ),
+            ('{"tokens": [5], "thinking_budget": -1}', "tokens is -1, expected a count"),
             ('{"tokens": [5], "seed": 1, "seed": 2}', "field 'seed' is there twice"),
             ('{"tokens": [5], "temperature": NaN}', "NaN is no JSON number"),
             ('{"tokens": [5], "temperature": 1e999}', "temperature is inf, expected a number"),
@@ -360,6 +397,23 @@ class TestRequests:
         )  # fmt: skip
         assert (case.name, case.max_tokens, case.tokens, case.seeded) == ("line 1", 5, (5, 6), False)
 
+    def test_openai_style_requests(self, demo: Runtime) -> None:
+        schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+        line: dict[str, Any] = {
+            "model": "gemma", "stream": True, "user": "me", "messages": [{"role": "user", "content": "Hi"}],
+            "stop": "END", "stop_token_ids": [9], "n": 2, "logprobs": True, "top_logprobs": 3, "thinking_budget": 7,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+        }  # fmt: skip
+        first, second = read_cases([json.dumps(line)], demo.text, LIMITS)
+        assert (first.stop, first.stop_ids, first.sampling.logprobs) == (("END",), (9,), 3)
+        assert first.sampling.constraint == Both(JsonSchema(schema), ThinkingBudget(7))
+        assert [first.name, second.name] == ["line 1, choice 0", "line 1, choice 1"]
+        assert [first.choice, second.choice] == [0, 1]
+        (other,) = cases({"tokens": [5], "regex": "[a-z]+", "logprobs": 2})
+        assert (other.sampling.constraint, other.sampling.logprobs) == (Regex("[a-z]+"), 2)
+        plain = cases({"tokens": [5], "response_format": {"type": "text"}, "grammar": None, "logprobs": False})
+        assert plain[0].sampling == SamplingParams()
+
     def test_unseeded_requests_get_a_seed_of_their_own(self) -> None:
         first, second, greedy = cases(*({"tokens": [5], "temperature": t} for t in (1, 1, 0)))
         assert first.seeded
@@ -402,8 +456,8 @@ def report_of(difference: Difference | None, *, note: str | None = None) -> Repo
     entry = CaseReport(case=case, plain=Output((8, 9), "length"), text="a</pre><img src=x>")
     entry.checks = [Check(way="alone", depth=2, difference=difference), Check(way="batch", depth=2, difference=None)]
     return Report(
-        model="/m", drafter=None, dtype="float32", backend="cpu", depths=(2,), max_batch=1, cases=[entry],
-        mlx_lm_note=note,
+        model="/m", drafter=None, dtype="float32", backend="cpu", exactness={"bitwise": None},
+        depths=(2,), max_batch=1, cases=[entry], mlx_lm_note=note,
     )  # fmt: skip
 
 
@@ -532,4 +586,4 @@ class TestCommand:
         (tmp_path / "x.jsonl").write_text('{"tokens": [5]}\n{"tokens": [5], "stop": "x"}\n')
         result = run(str(tmp_path / "x.jsonl"))
         assert (result.exit_code, result.stdout) == (1, "")
-        assert "x.jsonl, line 2: field 'stop' isn't supported here" in result.stderr
+        assert "x.jsonl, line 2: stop needs a tokenizer" in result.stderr
