@@ -151,7 +151,7 @@ class Soak:
         if not ok or any(e.finish_reason for e in events[:-1]):
             self._wrong(f"request {handle.id}: {len(tokens)} of {request.max_tokens} tokens, {events[-1]}")
         if handle.stats.tokens != len(tokens):
-            self._wrong(f"request {handle.id}: {len(tokens)} tokens, {events[-1]}, counted {handle.stats}: {request}")
+            self._wrong(f"request {handle.id}: {len(tokens)} tokens, counted {handle.stats.tokens}")
         if request.sampling.contract == "exact" and request.sampling.constraint is None and not request.stop:
             with self._lock:
                 self._done.append((request, tokens))
@@ -236,9 +236,10 @@ def soak(count: int, *, seed: int = 0, longest: int = LONGEST, rt: Runtime | Non
         "resident_start": resident,
         "resident_after": resident_bytes(),
     }
-    # While it is idle, an engine keeps what it has compiled.
-    if not abs(after - start) <= 0.01 * start:
-        report.wrong.append(f"memory: {after} bytes, began with {start}")
+    # A buffer that MLX takes from its pool may be larger than what is kept in it, and counts whole.
+    for name, found, pooled in (("idle, less the prefix cache", idle, stats.prefix_bytes / 8), ("after", after, 0)):
+        if not abs(found - start) <= 0.01 * start + pooled:
+            report.wrong.append(f"memory {name}: {found} bytes, began with {start}")
     if stats.kv_bytes or stats.failed_steps:
         report.wrong.append(f"left over: {stats.kv_bytes} bytes of K/V; {stats.failed_steps} steps failed")
     if sum(report.ends.values()) != count:
