@@ -34,7 +34,14 @@ BATCHES = (1, 2, 4, 8, 16)
 ROWS = 8
 APART_S = 0.3
 PERCENTILES = (50, 90, 99)
-OURS, PLAIN, LM, VLM, VLM_MTP = "ours", "ours, plain", "mlx-lm, plain", "mlx-vlm, plain", "mlx-vlm, MTP"
+OURS, HTTP, PLAIN, LM, VLM, VLM_MTP = (
+    "ours",
+    "ours, HTTP",
+    "ours, plain",
+    "mlx-lm, plain",
+    "mlx-vlm, plain",
+    "mlx-vlm, MTP",
+)
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,7 @@ def started(pair: Pair, args: argparse.Namespace, preload: Path | None, run: Run
     """A worker for each arm. Arms that can't start are left out, with the reason in `run`."""
     arms = {
         OURS: ("ours", args.depth),
+        **({HTTP: ("http", args.depth)} if args.http else {}),
         PLAIN: ("ours", "0"),
         LM: ("mlx-lm", "0"),
         VLM: ("mlx-vlm", "0"),
@@ -155,6 +163,7 @@ def started(pair: Pair, args: argparse.Namespace, preload: Path | None, run: Run
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         copies = {
             "ours": pair.target,
+            "http": pair.target,
             "mlx-lm": common.copy_for_mlx_lm(pair.target, Path(scratch) / "mlx-lm"),
             "mlx-vlm": common.copy_for_mlx_vlm(pair.target, Path(scratch) / "mlx-vlm"),
         }
@@ -253,6 +262,9 @@ def checks(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
             if blas == "mlx":
                 pair = run.median("apart", OURS, what), run.median("apart", VLM_MTP, what)
                 check(blas, title, _ratio(*pair), limit, least=False)
+        if HTTP in run.samples.get(name, {}):
+            over = _ratio(run.median(name, HTTP, "rate"), ours)
+            check(blas, "8 streams over HTTP, throughput over the engine's", over, 0.97, least=True)
         check(blas, "tokens per forward and row, together over alone", run.acceptance.get("ratio"), 0.98, least=True)
     return found
 
@@ -384,6 +396,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--scenarios", default="batch,apart,poisson,acceptance", help="which to measure (default: %(default)s)")
     add("--batches", default=",".join(map(str, BATCHES)), help="batch sizes (default: %(default)s)")
     add("--arms", default="", help="libraries to run: ours,mlx-lm,mlx-vlm (default: all)")
+    add("--http", action="store_true", help="our engine over HTTP, too: 8 streams")
     add("--poisson", type=int, default=24, help="requests that arrive at random (default: %(default)s)")
     add("--rate", type=float, default=1.0, help="of them per second (default: %(default)s)")
     add("--repeats", type=int, default=3, help="times every arm takes its turn (default: %(default)s)")

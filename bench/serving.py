@@ -1,6 +1,6 @@
 """A library that serves, in a process of its own, driven by JSON lines on stdin and stdout; see serve.py.
 
-    python serving.py LIBRARY --target DIR [--drafter DIR] [--depth K]     LIBRARY: ours, mlx-lm or mlx-vlm
+    python serving.py LIBRARY --target DIR [--drafter DIR] [--depth K]     LIBRARY: ours, http, mlx-lm or mlx-vlm
 
 Requests arrive at given times. Knows nothing of other arms, repeats or results.
 """
@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
+import contextlib
 import json
 import os
+import signal
+import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -79,6 +84,75 @@ class Ours:
 
         stats = await asyncio.gather(*(one(i) for i in range(len(prompts))))
         return marks, tokens, stats
+
+
+class Http:
+    """mlx_gemma_mtp's server in a process of its own, read over HTTP as clients do."""
+
+    def __init__(self, target: str, drafter: str | None, depth: str) -> None:
+        self._options = ["--model", target, "--drafter", drafter or "none", "--dtype", "float32", "--depth", depth]
+        self._server: subprocess.Popen[str] | None = None
+        self._rows, self._address = 0, ("", 0)
+
+    def serve(self, prompts: list[list[int]], new: int, arrivals: list[float], rows: int) -> dict[str, Any]:
+        """One server for all runs with the same number of rows."""
+        if self._server is None or rows != self._rows:
+            if self._server is not None:
+                self._server.terminate()
+                self._server.wait()
+            self._start(rows)
+        marks, tokens, last = asyncio.run(self._read(prompts, new, arrivals))
+        rounds = sum(m["rounds"] for m in last)
+        return {
+            "marks": marks,
+            "tokens": tokens,
+            "row_rounds": rounds,
+            "tokens_per_forward": (sum(map(len, tokens)) - len(prompts)) / max(rounds, 1),
+            "drafted_per_round": sum(m["drafted"] for m in last) / max(rounds, 1),
+        }
+
+    def _start(self, rows: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._address, self._rows = probe.getsockname(), rows
+        # Prefixes of the runs before would be reused, which the engine's arm doesn't do.
+        more = ["--port", str(self._address[1]), "--max-batch", str(rows), "--name", "m", "--prefix-cache", "0"]
+        command = [sys.executable, "-m", "mlx_gemma_mtp", "serve", *self._options, *more]
+        self._server = subprocess.Popen(command, stderr=subprocess.DEVNULL, text=True)
+        atexit.register(self._server.kill)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # the server ends with this process
+        for _ in range(1200):
+            with contextlib.suppress(OSError), socket.create_connection(self._address, 1):
+                return
+            time.sleep(0.05)
+        raise RuntimeError("the server doesn't listen")
+
+    async def _read(
+        self, prompts: list[list[int]], new: int, arrivals: list[float]
+    ) -> tuple[Marks, list[list[int]], list[dict[str, Any]]]:
+        marks: Marks = [[] for _ in prompts]
+        tokens: list[list[int]] = [[] for _ in prompts]
+        last: list[dict[str, Any]] = [{} for _ in prompts]
+        begin = time.perf_counter()
+
+        async def one(i: int) -> None:
+            await asyncio.sleep(max(begin + arrivals[i] - time.perf_counter(), 0))
+            asked = {"model": "m", "prompt": prompts[i], "max_tokens": new, "temperature": 0, "ignore_eos": True}
+            body = json.dumps(asked | {"stream": True, "stream_options": {"include_mtp": True}}).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+            reader, writer = await asyncio.open_connection(*self._address)
+            writer.write(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + body)
+            while line := await reader.readline():
+                if line.startswith(b'data: {"id"'):
+                    found = json.loads(line[6:])["mtp"]
+                    if found["ids"]:
+                        marks[i].append((time.perf_counter() - begin, len(found["ids"])))
+                        tokens[i] += found["ids"]
+                    last[i] = found
+            writer.close()
+
+        await asyncio.gather(*(one(i) for i in range(len(prompts))))
+        return marks, tokens, last
 
 
 class Generator(Protocol):
@@ -194,7 +268,7 @@ class MlxVlm:
 
 
 LIBRARIES: dict[str, Callable[[str, str | None, str], Arm]]
-LIBRARIES = {"ours": Ours, "mlx-lm": MlxLm, "mlx-vlm": MlxVlm}
+LIBRARIES = {"ours": Ours, "http": Http, "mlx-lm": MlxLm, "mlx-vlm": MlxVlm}
 
 
 def answer(arm: Arm, request: dict[str, Any]) -> dict[str, Any]:
