@@ -1,6 +1,6 @@
 """A library that serves, in a process of its own, driven by JSON lines on stdin and stdout; see serve.py.
 
-    python serving.py LIBRARY --target DIR [--drafter DIR] [--depth K]     LIBRARY: ours, http, mlx-lm or mlx-vlm
+    python serving.py LIBRARY --target DIR [--drafter DIR] [--depth K]     LIBRARY: ours, ours-http, mlx-lm or mlx-vlm
 
 Requests arrive at given times. Knows nothing of other arms, repeats or results.
 """
@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import atexit
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,73 +88,45 @@ class Ours:
         return marks, tokens, stats
 
 
-class Http:
-    """mlx_gemma_mtp's server in a process of its own, read over HTTP as clients do."""
+class OursHttp:
+    """mlx_gemma_mtp's server, read by a thread for each request; this process is the client."""
 
     def __init__(self, target: str, drafter: str | None, depth: str) -> None:
-        self._options = ["--model", target, "--drafter", drafter or "none", "--dtype", "float32", "--depth", depth]
-        self._server: subprocess.Popen[str] | None = None
-        self._rows, self._address = 0, ("", 0)
-
-    def serve(self, prompts: list[list[int]], new: int, arrivals: list[float], rows: int) -> dict[str, Any]:
-        """One server for all runs with the same number of rows."""
-        if self._server is None or rows != self._rows:
-            if self._server is not None:
-                self._server.terminate()
-                self._server.wait()
-            self._start(rows)
-        marks, tokens, last = asyncio.run(self._read(prompts, new, arrivals))
-        rounds = sum(m["rounds"] for m in last)
-        return {
-            "marks": marks,
-            "tokens": tokens,
-            "row_rounds": rounds,
-            "tokens_per_forward": (sum(map(len, tokens)) - len(prompts)) / max(rounds, 1),
-            "drafted_per_round": sum(m["drafted"] for m in last) / max(rounds, 1),
-        }
-
-    def _start(self, rows: int) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self._address, self._rows = probe.getsockname(), rows
-        # Prefixes of the runs before would be reused, which the engine's arm doesn't do.
-        more = ["--port", str(self._address[1]), "--max-batch", str(rows), "--name", "m", "--prefix-cache", "0"]
-        command = [sys.executable, "-m", "mlx_gemma_mtp", "serve", *self._options, *more]
-        self._server = subprocess.Popen(command, stderr=subprocess.DEVNULL, text=True)
-        atexit.register(self._server.kill)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # the server ends with this process
-        for _ in range(1200):
-            with contextlib.suppress(OSError), socket.create_connection(self._address, 1):
+            self._port: int = probe.getsockname()[1]
+        command = [sys.executable, "-m", "mlx_gemma_mtp", "serve", "--model", target, "--drafter", str(drafter)]
+        command += ["--dtype", "float32", "--depth", depth, "--port", str(self._port), "--name", "bench"]
+        self._server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        atexit.register(self._server.terminate)
+        while self._server.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port)):
                 return
-            time.sleep(0.05)
-        raise RuntimeError("the server doesn't listen")
+            time.sleep(0.2)
+        raise RuntimeError(f"the server has ended with status {self._server.returncode}")
 
-    async def _read(
-        self, prompts: list[list[int]], new: int, arrivals: list[float]
-    ) -> tuple[Marks, list[list[int]], list[dict[str, Any]]]:
+    def serve(self, prompts: list[list[int]], new: int, arrivals: list[float], rows: int) -> dict[str, Any]:
+        """As many streams of /v1/completions as there are prompts; `rows` is the server's own, 8."""
         marks: Marks = [[] for _ in prompts]
-        tokens: list[list[int]] = [[] for _ in prompts]
-        last: list[dict[str, Any]] = [{} for _ in prompts]
         begin = time.perf_counter()
 
-        async def one(i: int) -> None:
-            await asyncio.sleep(max(begin + arrivals[i] - time.perf_counter(), 0))
-            asked = {"model": "m", "prompt": prompts[i], "max_tokens": new, "temperature": 0, "ignore_eos": True}
-            body = json.dumps(asked | {"stream": True, "stream_options": {"include_mtp": True}}).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
-            reader, writer = await asyncio.open_connection(*self._address)
-            writer.write(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + body)
-            while line := await reader.readline():
-                if line.startswith(b'data: {"id"'):
-                    found = json.loads(line[6:])["mtp"]
-                    if found["ids"]:
-                        marks[i].append((time.perf_counter() - begin, len(found["ids"])))
-                        tokens[i] += found["ids"]
-                    last[i] = found
-            writer.close()
+        def one(i: int) -> int:
+            time.sleep(max(begin + arrivals[i] - time.perf_counter(), 0))
+            body = {"model": "bench", "prompt": prompts[i], "max_tokens": new, "stream": True, "temperature": 0}
+            body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
+            connection = http.client.HTTPConnection("127.0.0.1", self._port)
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            last = {}
+            for line in connection.getresponse():
+                if line.startswith(b"data: {"):
+                    marks[i].append((time.perf_counter() - begin, 1))
+                    last = json.loads(line[6:])
+            connection.close()
+            return int(last["usage"]["completion_tokens"])
 
-        await asyncio.gather(*(one(i) for i in range(len(prompts))))
-        return marks, tokens, last
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            counts = list(pool.map(one, range(len(prompts))))
+        return {"marks": marks, "tokens": [[0] * n for n in counts]}
 
 
 class Generator(Protocol):
@@ -268,7 +242,7 @@ class MlxVlm:
 
 
 LIBRARIES: dict[str, Callable[[str, str | None, str], Arm]]
-LIBRARIES = {"ours": Ours, "http": Http, "mlx-lm": MlxLm, "mlx-vlm": MlxVlm}
+LIBRARIES = {"ours": Ours, "ours-http": OursHttp, "mlx-lm": MlxLm, "mlx-vlm": MlxVlm}
 
 
 def answer(arm: Arm, request: dict[str, Any]) -> dict[str, Any]:
@@ -286,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--drafter")
     parser.add_argument("--depth", default="0")
     args = parser.parse_args(argv)
+    # The driver ends workers so; a server of this one's has to end, too.
+    signal.signal(signal.SIGTERM, _exit)
     # What libraries print must not end up among the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -305,6 +281,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(answer(arm, json.loads(line)))
         except Exception:
             say({"error": traceback.format_exc()})
+
+
+def _exit(*_: object) -> None:
+    sys.exit()
 
 
 if __name__ == "__main__":

@@ -333,6 +333,36 @@ def serve(
         serve_cli.run(service, serve_cli.make_app(service, options), bound, options)
 
 
+@app.command()
+def tune(
+    model: ModelOption = None,
+    drafter: DrafterOption = "auto",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = None,
+    seconds: Annotated[float, typer.Option(min=1, help="About how long to measure at most.")] = 110.0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the costs, too (extra: plot).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what drafting costs on this machine, and keep it: `--depth auto` chooses well from the start then."""
+    from . import tune_cli
+
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{plot.parent} is not a directory", param_hint="--plot")
+    runtime = _open(_Source(model=model, drafter=drafter, revision=revision, dtype=dtype), quiet=as_json)
+    with _progress(shown=not as_json and sys.stderr.isatty()) as progress:
+        tuning = runtime.tune(seconds=seconds, progress=progress)
+    file = runtime.profile().path
+    if as_json:
+        typer.echo(json.dumps(tune_cli.to_dict(tuning, file)))
+    else:
+        tune_cli.show(tuning)
+        _note(f"kept in {file}")
+    if plot is not None:
+        tune_cli.draw(tuning, plot)
+        if not as_json:
+            _note(f"drawn in {plot}")
+
+
 app.command(name="convert", cls=ConvertCommand)(_convert)
 
 
@@ -713,6 +743,7 @@ def _print_summary(outcome: _Outcome) -> None:
         ),
         ("rounds", f"{stats.rounds}, {stats.accepted_per_round:.2f} drafts accepted per round"),
         ("accepted", _bars(stats.acceptance_per_position)),
+        ("depth", "" if timing.depth is None else str(timing.depth)),
         ("memory", f"{_bytes(timing.peak_memory)} at its peak"),
     ]
     _note("\n" + "\n".join(f"{name:<9} {value}" for name, value in lines if value))
