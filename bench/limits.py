@@ -5,7 +5,7 @@
 ideal = tokens per round / (verify forward alone + K x the marginal drafter step inside one graph), nothing waited for.
 achieved: through the scheduler at a fixed depth. Both, and what lies between them (the round as one queued graph, the
 same read every time), are measured in turns within each repeat: a ratio is of one repeat, and its median is shown.
-`demo` decodes chats, `random` (60 million parameters) disordered ids. Times count, not what is accepted: K/V of the parts
+`demo` decodes chats, `random` (60 million parameters) disordered ids. Times count, not what is accepted: the parts' K/V
 are zeros, and a pair's acceptance is the same in ideal and achieved. `--check` exits with 1 unless all ratios at the
 batches 1 and 8 reach 0.92 and the host builds graphs fast enough.
 """
@@ -307,7 +307,7 @@ def record(args: Any, machine: Mapping[str, Any], runs: Mapping[str, Any]) -> di
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": common.describe_commit(),
         "machine": machine,
-        "versions": {"mlx": mx.__version__, "mlx-gemma-mtp": version("mlx-gemma-mtp")},
+        "versions": {name: version(name) for name in ("mlx", "mlx-gemma-mtp")},
         "dtype": "float32",
         "context": args.context,
         "repeats": args.repeats,
