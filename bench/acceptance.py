@@ -2,7 +2,8 @@
 
     python bench/acceptance.py --pair DIR --temperatures 0.3,0.8,1,1.5 --depth 4
 
-The same prompts under both contracts, each prompt several times over, in ragged batches. Knows nothing of speed.
+The same prompts under both contracts, each prompt several times over, in ragged batches, to the answers' own ends.
+Two sets of prompts: the benchmarks' and verify's, which are harder for the demo pair. Knows nothing of speed.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import argparse
 import datetime
 import json
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import common
 
 from mlx_gemma_mtp import Runtime, SamplingParams, SpecStats, load
+from mlx_gemma_mtp.verify import Limits, built_in_cases
 
 
 def measure(
@@ -32,9 +35,7 @@ def measure(
     """The counters of `repeats` outputs of every prompt."""
     asked = [prompt for prompt in prompts for _ in range(repeats)]
     params = [SamplingParams(temperature=temperature, seed=i if seeded else None) for i in range(len(asked))]
-    outputs = runtime.generate_batch(
-        asked, max_tokens=tokens, sampling=params, depth=depth, ignore_eos=True, max_batch=16
-    )
+    outputs = runtime.generate_batch(asked, max_tokens=tokens, sampling=params, depth=depth, max_batch=16)
     return SpecStats.total(output.stats for output in outputs)
 
 
@@ -51,16 +52,21 @@ def main() -> None:
     args = parser.parse_args()
     pair = common.find_pair(args.pair, args.drafter)
     runtime = load(str(pair.target), drafter=str(pair.drafter), dtype="float32")
-    what, prompts = common.make_prompts(pair.target)
+    what, chats = common.make_prompts(pair.target)
+    built_in = built_in_cases(runtime.text, Limits.of(runtime, args.tokens))
+    sets = {what: chats, "verify's built-in prompts": [list(case.tokens) for case in built_in]}
     rows: list[dict[str, Any]] = []
-    for temperature in map(float, args.temperatures.split(",")):
-        row: dict[str, Any] = {"temperature": temperature}
+    for (name_of_set, prompts), temperature in product(sets.items(), map(float, args.temperatures.split(","))):
+        row: dict[str, Any] = {"prompts": name_of_set, "temperature": temperature}
         for name, seeded in (("shared_noise", True), ("rejection", False)):
             stats = measure(
                 runtime, prompts, temperature, depth=args.depth, tokens=args.tokens, repeats=args.repeats, seeded=seeded
             )
             row[name] = stats.to_dict()
-            print(f"temperature {temperature}, {name}: {stats.accepted_per_round:.3f} accepted per round", flush=True)
+            print(
+                f"{name_of_set}, temperature {temperature}, {name}: {stats.accepted_per_round:.3f} accepted per round",
+                flush=True,
+            )
         row["shared_over_rejection"] = round(
             row["shared_noise"]["accepted_per_round"] / row["rejection"]["accepted_per_round"], 4
         )
@@ -76,8 +82,7 @@ def main() -> None:
             "drafter": common.describe_checkpoint(pair.drafter),
         },
         "dtype": "float32",
-        "prompts": what,
-        "lengths": [len(prompt) for prompt in prompts],
+        "lengths": {name: [len(prompt) for prompt in prompts] for name, prompts in sets.items()},
         "tokens": args.tokens,
         "repeats": args.repeats,
         "batch": 16,
