@@ -3,8 +3,8 @@
     python bench/serve.py --pair DIR --peers-python PYTHON --blas mlx,openblas
 
 Prompts of 25 to 331 tokens, 64 new tokens each: all together in batches of 1 to 16, arriving one after another, and
-arriving at random (Poisson). Prefill is included everywhere. Every arm has a process of its own and is warmed up once
-in every scenario; then the arms take turns, forwards and backwards, so that noise hits all alike. Knows nothing of how
+arriving at random (Poisson). Prefill is included everywhere. Every arm has a process of its own and is warmed up in
+every scenario; then the arms take turns, forwards and backwards, so that noise hits all alike. Knows nothing of how
 a library is called: see serving.py.
 """
 
@@ -126,6 +126,7 @@ class Run:
     about: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     acceptance: dict[str, float] = field(default_factory=dict)
+    http: dict[str, Any] = field(default_factory=dict)
     different: list[str] = field(default_factory=list)
 
     def median(self, scenario: str, arm: str, what: str) -> float | None:
@@ -181,7 +182,8 @@ def measure(workers: Mapping[str, Worker], scenario: Scenario, args: argparse.Na
     able = dict(workers)
     for arm, worker in workers.items():
         try:
-            worker.ask(scenario.request(args.new))
+            for _ in range(args.warmups):
+                worker.ask(scenario.request(args.new))
         except WorkerError as error:
             run.left_out[f"{arm} ({scenario.name})"] = str(error)
             del able[arm]
@@ -192,17 +194,26 @@ def measure(workers: Mapping[str, Worker], scenario: Scenario, args: argparse.Na
     run.samples[scenario.name] = samples
 
 
-def measure_acceptance(pair: Pair, prompts: list[list[int]], args: argparse.Namespace, preload: Path | None) -> Any:
-    """Tokens per target forward and row at a fixed depth: of the rows alone, and of the same rows together."""
-    command = [sys.executable, str(Path(__file__).with_name("serving.py")), "ours"]
+@contextlib.contextmanager
+def started_ours(library: str, pair: Pair, args: argparse.Namespace, preload: Path | None) -> Iterator[Worker]:
+    """A worker of ours at the peers' depth: one that doesn't change, so that what differs isn't the depth."""
+    command = [sys.executable, str(Path(__file__).with_name("serving.py")), library]
     command += ["--target", str(pair.target), "--drafter", str(pair.drafter), "--depth", str(args.peer_depth)]
     worker = Worker(command, preload)
     try:
-        rows = prompts[:ROWS]
-        alone = [worker.ask(Scenario("", [p], [0.0], 1).request(args.new)) for p in rows]
-        together = worker.ask(Scenario("", rows, [0.0] * len(rows), ROWS).request(args.new))
+        yield worker
     finally:
         worker.close()
+
+
+def measure_acceptance(
+    pair: Pair, prompts: list[list[int]], args: argparse.Namespace, preload: Path | None
+) -> dict[str, float]:
+    """Tokens per target forward and row at a fixed depth: of the rows alone, and of the same rows together."""
+    rows = prompts[:ROWS]
+    with started_ours("ours", pair, args, preload) as worker:
+        alone = [worker.ask(Scenario("", [p], [0.0], 1).request(args.new)) for p in rows]
+        together = worker.ask(Scenario("", rows, [0.0] * len(rows), ROWS).request(args.new))
     rounds = sum(a["row_rounds"] for a in alone)
     single = sum(a["tokens_per_forward"] * a["row_rounds"] for a in alone) / rounds
     return {
@@ -210,6 +221,26 @@ def measure_acceptance(pair: Pair, prompts: list[list[int]], args: argparse.Name
         "alone": round(single, 5),
         "together": round(together["tokens_per_forward"], 5),
         "ratio": round(together["tokens_per_forward"] / single, 5),
+    }
+
+
+def measure_http(
+    pair: Pair, prompts: list[list[int]], args: argparse.Namespace, preload: Path | None
+) -> dict[str, Any]:
+    """What HTTP and text cost: tokens per second of 8 streams through the server and straight from the engine."""
+    scenario = Scenario("", cycled(prompts, ROWS), [0.0] * ROWS, ROWS)
+    rates: dict[str, list[float]] = {"ours": [], "ours-http": []}
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(started_ours(name, pair, args, preload)) for name in rates}
+        for repeat in range(args.warmups + args.http):
+            for name in list(rates) if repeat % 2 else reversed(rates):
+                sample = Sample(workers[name].ask(scenario.request(args.new)), scenario.arrivals)
+                rates[name] += [sample.rate] if repeat >= args.warmups else []
+    ratios = [h / e for h, e in zip(rates["ours-http"], rates["ours"], strict=True)]
+    return {
+        "engine_tokens_per_second": Spread.of(rates["ours"]).to_dict(),
+        "http_tokens_per_second": Spread.of(rates["ours-http"]).to_dict(),
+        "overhead": round(1 - statistics.median(ratios), 4),
     }
 
 
@@ -253,6 +284,8 @@ def checks(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
             if blas == "mlx":
                 pair = run.median("apart", OURS, what), run.median("apart", VLM_MTP, what)
                 check(blas, title, _ratio(*pair), limit, least=False)
+        if run.http:
+            check(blas, "8 streams, share lost to HTTP and text", run.http["overhead"], 0.03, least=False)
         check(blas, "tokens per forward and row, together over alone", run.acceptance.get("ratio"), 0.98, least=True)
     return found
 
@@ -358,6 +391,7 @@ def record(
                 "left_out": run.left_out,
                 "different_tokens": run.different,
                 "tokens_per_forward": run.acceptance,
+                "http": run.http,
                 "summary": {name: summary(samples) for name, samples in run.samples.items()},
                 "samples": {
                     name: {arm: [s.to_dict() for s in several] for arm, several in samples.items()}
@@ -386,6 +420,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--arms", default="", help="libraries to run: ours,mlx-lm,mlx-vlm (default: all)")
     add("--poisson", type=int, default=24, help="requests that arrive at random (default: %(default)s)")
     add("--rate", type=float, default=1.0, help="of them per second (default: %(default)s)")
+    add("--warmups", type=int, default=3, help="runs before the repeats, for compiling (default: %(default)s)")
+    add("--http", type=int, default=0, metavar="N", help="measure the server's overhead, N times (default: not)")
     add("--repeats", type=int, default=3, help="times every arm takes its turn (default: %(default)s)")
     add("--new", type=int, default=64, help="new tokens per prompt (default: %(default)s)")
     add("--peers-python", default=sys.executable, help="the Python that has mlx-vlm (default: this one)")
@@ -434,6 +470,9 @@ def main() -> int:
         if "acceptance" in args.scenarios:
             progress.print(f"{BLAS[blas]}: tokens per forward")
             run.acceptance = measure_acceptance(pair, prompts[1], args, preload)
+        if args.http:
+            progress.print(f"{BLAS[blas]}: HTTP")
+            run.http = measure_http(pair, prompts[1], args, preload)
         compare_tokens(run)
         show(run, blas, shown)
     data = record(args, pair, prompts, runs)

@@ -1,6 +1,6 @@
 """A library that serves, in a process of its own, driven by JSON lines on stdin and stdout; see serve.py.
 
-    python serving.py LIBRARY --target DIR [--drafter DIR] [--depth K]     LIBRARY: ours, mlx-lm or mlx-vlm
+    python serving.py LIBRARY --target DIR [--drafter DIR] [--depth K]     LIBRARY: ours, ours-http, mlx-lm or mlx-vlm
 
 Requests arrive at given times. Knows nothing of other arms, repeats or results.
 """
@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
+import contextlib
+import http.client
 import json
 import os
+import signal
+import socket
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,6 +86,47 @@ class Ours:
 
         stats = await asyncio.gather(*(one(i) for i in range(len(prompts))))
         return marks, tokens, stats
+
+
+class OursHttp:
+    """mlx_gemma_mtp's server, read by a thread for each request; this process is the client."""
+
+    def __init__(self, target: str, drafter: str | None, depth: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port: int = probe.getsockname()[1]
+        command = [sys.executable, "-m", "mlx_gemma_mtp", "serve", "--model", target, "--drafter", str(drafter)]
+        command += ["--dtype", "float32", "--depth", depth, "--port", str(self._port), "--name", "bench"]
+        self._server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        atexit.register(self._server.terminate)
+        while self._server.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port)):
+                return
+            time.sleep(0.2)
+        raise RuntimeError(f"the server has ended with status {self._server.returncode}")
+
+    def serve(self, prompts: list[list[int]], new: int, arrivals: list[float], rows: int) -> dict[str, Any]:
+        """As many streams of /v1/completions as there are prompts; `rows` is the server's own, 8."""
+        marks: Marks = [[] for _ in prompts]
+        begin = time.perf_counter()
+
+        def one(i: int) -> int:
+            time.sleep(max(begin + arrivals[i] - time.perf_counter(), 0))
+            body = {"model": "bench", "prompt": prompts[i], "max_tokens": new, "stream": True, "temperature": 0}
+            body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
+            connection = http.client.HTTPConnection("127.0.0.1", self._port)
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            last = {}
+            for line in connection.getresponse():
+                if line.startswith(b"data: {"):
+                    marks[i].append((time.perf_counter() - begin, 1))
+                    last = json.loads(line[6:])
+            connection.close()
+            return int(last["usage"]["completion_tokens"])
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            counts = list(pool.map(one, range(len(prompts))))
+        return {"marks": marks, "tokens": [[0] * n for n in counts]}
 
 
 class Generator(Protocol):
@@ -194,7 +242,7 @@ class MlxVlm:
 
 
 LIBRARIES: dict[str, Callable[[str, str | None, str], Arm]]
-LIBRARIES = {"ours": Ours, "mlx-lm": MlxLm, "mlx-vlm": MlxVlm}
+LIBRARIES = {"ours": Ours, "ours-http": OursHttp, "mlx-lm": MlxLm, "mlx-vlm": MlxVlm}
 
 
 def answer(arm: Arm, request: dict[str, Any]) -> dict[str, Any]:
@@ -212,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--drafter")
     parser.add_argument("--depth", default="0")
     args = parser.parse_args(argv)
+    # The driver ends workers so; a server of this one's has to end, too.
+    signal.signal(signal.SIGTERM, _exit)
     # What libraries print must not end up among the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -231,6 +281,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(answer(arm, json.loads(line)))
         except Exception:
             say({"error": traceback.format_exc()})
+
+
+def _exit(*_: object) -> None:
+    sys.exit()
 
 
 if __name__ == "__main__":

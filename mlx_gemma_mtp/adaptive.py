@@ -28,7 +28,7 @@ _SAVINGS = 12.0  # plain rounds' worth that can be put by
 _HORIZON = 64  # rounds over which a new shape's compilation has to pay
 _TRIAL = 3  # rounds at a depth never measured, besides those that compile
 _REACH = 3  # drafts beyond the deepest ever measured that a trial may go
-_LEAST_CHAIN = 0.05  # below, other lengths of blocks cost more compilations than they save
+_LEAST_CHAIN = 0.15  # below, other lengths of blocks cost more compilations than they save
 _PAUSE = 4  # rounds from one trial to the next
 _WAIT, _LONGEST_WAIT = 4, 256  # rounds from one trial of a depth to its next: doubling
 
@@ -288,8 +288,8 @@ class _View:
 
     def min_chain(self, depth: int) -> float:
         """What a draft more must be likely to be worth its verification, which other rows share."""
-        if depth == 0:
-            return 0.0
+        if depth < 2:
+            return 0.0  # the first draft is always verified
         target = self.table.curve()
         further = self.level * (target[depth] - target[0]) / depth / self.rows
         worth = further * self.rates[depth]

@@ -163,10 +163,11 @@ class KVCache:
         source = self._sources()[row]
         if source is None or not 0 < length <= source.length:
             raise ValueError(f"row {row} doesn't hold {length} tokens")
-        rings = [mx.contiguous(a[source.ring_row : source.ring_row + 1]) for a in source.rings]
-        full = [mx.contiguous(a[source.full_row : source.full_row + 1, :, :length]) for a in source.full]
-        if rings_only:
-            full = []
+        # Gathered: a slice could share, and keep alive, the whole batch's buffer.
+        rings = [mx.take(a, mx.array([source.ring_row]), axis=0) for a in source.rings]
+        full, places = [], mx.arange(length)
+        if not rings_only:
+            full = [mx.take(a[source.full_row : source.full_row + 1], places, axis=2) for a in source.full]
         mx.eval(rings, full)
         return Held(length, source.written, tuple(rings), tuple(full))
 

@@ -288,9 +288,11 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 64,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="For requests that don't say.")] = 4096,
-    prefill_budget: Annotated[int, typer.Option(min=1, help="Prompt tokens per step.")] = 2048,
-    kv_budget: Annotated[str | None, typer.Option(metavar="8GB", help="Memory for K/V.")] = None,
-    prefix_cache: Annotated[str, typer.Option(metavar="2GB", help="Memory for prefixes kept.")] = "0",
+    prefill_budget: Annotated[int, typer.Option(min=1, help="Prompt tokens per step.")] = 512,
+    kv_budget: Annotated[
+        str | None, typer.Option(metavar="8GB", help="Memory for K/V; what the device recommends, less the weights.")
+    ] = None,
+    prefix_cache: Annotated[str, typer.Option(metavar="2GB", help="Memory for prefixes of chats; 0: none.")] = "1GB",
     max_body: Annotated[str, typer.Option(metavar="4MiB", help="Largest body of a request.")] = "4MiB",
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that answers get to finish at the end.")] = 30.0,
@@ -329,6 +331,36 @@ def serve(
         _note(serve_cli.greeting(runtime, options, bound.getsockname()[1]))
         serve_cli.show_logs()
         serve_cli.run(service, serve_cli.make_app(service, options), bound, options)
+
+
+@app.command()
+def tune(
+    model: ModelOption = None,
+    drafter: DrafterOption = "auto",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = None,
+    seconds: Annotated[float, typer.Option(min=1, help="About how long to measure at most.")] = 110.0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the costs, too (extra: plot).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what drafting costs on this machine, and keep it: `--depth auto` chooses well from the start then."""
+    from . import tune_cli
+
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{plot.parent} is not a directory", param_hint="--plot")
+    runtime = _open(_Source(model=model, drafter=drafter, revision=revision, dtype=dtype), quiet=as_json)
+    with _progress(shown=not as_json and sys.stderr.isatty()) as progress:
+        tuning = runtime.tune(seconds=seconds, progress=progress)
+    file = runtime.profile().path
+    if as_json:
+        typer.echo(json.dumps(tune_cli.to_dict(tuning, file)))
+    else:
+        tune_cli.show(tuning)
+        _note(f"kept in {file}")
+    if plot is not None:
+        tune_cli.draw(tuning, plot)
+        if not as_json:
+            _note(f"drawn in {plot}")
 
 
 app.command(name="convert", cls=ConvertCommand)(_convert)
@@ -711,6 +743,7 @@ def _print_summary(outcome: _Outcome) -> None:
         ),
         ("rounds", f"{stats.rounds}, {stats.accepted_per_round:.2f} drafts accepted per round"),
         ("accepted", _bars(stats.acceptance_per_position)),
+        ("depth", "" if timing.depth is None else str(timing.depth)),
         ("memory", f"{_bytes(timing.peak_memory)} at its peak"),
     ]
     _note("\n" + "\n".join(f"{name:<9} {value}" for name, value in lines if value))

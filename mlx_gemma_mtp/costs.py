@@ -14,6 +14,7 @@ from typing import Any
 
 DEEPEST = 8
 
+_STORED = 0.0016  # relative variance of a share measured at rest, some rounds each
 _NOISE = 0.01  # relative variance of one round
 _UNKNOWN = 0.09  # of a share never measured
 _UNKNOWN_STEP = 0.25  # of the drafter's share before any round told it
@@ -93,6 +94,10 @@ class Table:
                 self.variance[k] = min(other.variance[k] + _MOVED, _UNKNOWN)
                 self.samples[k] = other.samples[k]
         self.step_variance = min(other.step_variance + _MOVED, _UNKNOWN_STEP)
+
+    def changed(self) -> None:
+        """Shares were set from outside."""
+        self._curve = None
 
     def known(self, k: int) -> bool:
         """Whether verifying k drafts was ever measured, here or where this table was carried from."""
@@ -238,6 +243,18 @@ class CostModel:
         self.level *= 1.0 + table.learn(*shape, residual, self.level, before)
         self._level_variance = before * (1.0 - before / (before + _NOISE + table.variance[verified]))
         return True
+
+    def store(self, rows: int, context: int, steady: Sequence[float], step: float) -> None:
+        """Take over the seconds of rounds of 0, 1, … drafts as measured at rest; `step`: of one draft.
+
+        For a model that has observed nothing.
+        """
+        self.level, self._level_variance = 1.0, _STORED
+        table = self.table(rows, context)
+        table.step, table.step_variance = step, _STORED
+        table.target = [max(seconds - k * step, 0.1 * seconds) for k, seconds in enumerate(steady)]
+        table.variance, table.samples = [_STORED] * len(steady), [_SURE] * len(steady)
+        table.changed()
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; `from_dict` reads it."""

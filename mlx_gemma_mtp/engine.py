@@ -344,7 +344,9 @@ class _Loop:
                 continue
             ready.append((stream, event))
             self._begun[stream.id] = stream
+        for stream, event in ready:
             if event.finish_reason is not None:
+                stream.settle(sum(len(e.tokens) for s, e in ready if s is stream))
                 self._count_end(stream, event.finish_reason)
         self._note(always=any(event.finish_reason for _, event in ready))
         wakes: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}

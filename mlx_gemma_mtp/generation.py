@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from .depth import DepthChoice
 from .request import Contract, FinishReason, TokenEvent, TokenLogprob
 from .stats import SpecStats
 from .stops import OutputReader
@@ -14,7 +16,8 @@ from .text import Piece, merged
 class Timing:
     """Seconds and what they were spent on. `peak_memory` is in bytes, weights and K/V included.
 
-    Of the prompts' tokens, `reused_tokens` were not computed: a prefix cache had them.
+    Of the prompts' tokens, `reused_tokens` were not computed: a prefix cache had them. `depth`: what was drafted in the
+    end, and why.
     """
 
     prompt_tokens: int = 0
@@ -23,6 +26,7 @@ class Timing:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     peak_memory: int = 0
+    depth: DepthChoice | None = None
 
     @property
     def prefill_rate(self) -> float:
@@ -34,7 +38,7 @@ class Timing:
         """Tokens per second after each request's first, which the prefill gives."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
-    def to_dict(self) -> dict[str, float | int]:
+    def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -45,6 +49,7 @@ class Timing:
             "prefill_tokens_per_second": round(self.prefill_rate, 2),
             "decode_tokens_per_second": round(self.decode_rate, 2),
             "peak_memory_bytes": self.peak_memory,
+            "depth": None if self.depth is None else asdict(self.depth),
         }
 
 

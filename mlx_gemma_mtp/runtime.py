@@ -26,12 +26,14 @@ from .models.drafter import Drafter
 from .models.target import Target
 from .prefix import PrefixCache
 from .probe import ProbeResult, Widths, cached_probe, known_probe
+from .profiles import Profile
 from .request import Request, SamplingParams
 from .sampling import Constraint
 from .scheduler import Scheduler
 from .speculative import MAX_DEPTH, Speculator
 from .stops import OutputReader, checked_stops
 from .text import TextCodec
+from .tune import Tuning, tune
 from .views import CacheSpec
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ def load(
     if progress:
         progress("loading the tokenizer", 0.0)
     runtime = Runtime(loaded)
+    if (costs := runtime.profile().read()) is not None:
+        runtime.depth_memory.costs = costs
     if progress:
         progress("comparing blocks with single steps", 0.0)
     if bitwise:
@@ -300,6 +304,27 @@ class Runtime:
             constrain=self.constraint,
         )
 
+    def profile(self) -> Profile:
+        """Where `tune` keeps this pair's costs on this machine."""
+        models = [m for m in (self._loaded.target, self._loaded.drafter) if m is not None]
+        weights = [a for model in models for portion in model.arrays for a in portion]
+        return Profile(self._speculator.spec, weights)
+
+    def tune(self, *, seconds: float = 110.0, progress: Progress | None = None) -> Tuning:
+        """Measure what rounds cost, and use and keep it. Raises ValueError where there is no drafter, and OSError."""
+        self._check_free()
+        tuning = tune(
+            self._speculator,
+            cost_facts(self._loaded),
+            vocab_size=self.config.vocab_size,
+            max_positions=self.config.max_positions,
+            seconds=seconds,
+            progress=progress,
+        )
+        self.depth_memory.costs = tuning.costs
+        self.profile().write(tuning.costs)
+        return tuning
+
     def depth_policy(self, depth: int | str) -> AdaptiveDepth | FixedDepth:
         """The policy for a caller's `depth`. All that are "auto" here learn into one memory. Raises ValueError."""
         policy = parse_depth(depth, self.depth_memory)
@@ -491,7 +516,8 @@ class Runtime:
         """Fill `outputs`; yields what each event brought."""
         self._check_free()
         rows = max_batch or max(len(requests), 1)
-        scheduler = self.scheduler(depth=depth, max_batch=rows, prefix_cache=self.prefixes)
+        policy = self.depth_policy(depth)
+        scheduler = self.scheduler(depth=policy, max_batch=rows, prefix_cache=self.prefixes)
         timing, fillings = Timing(), dict[int, Filling]()
         for request, output in zip(requests, outputs, strict=True):
             number, output.stats = scheduler.add(request)
@@ -510,6 +536,8 @@ class Runtime:
                 events = scheduler.step()
                 spent = time.perf_counter() - begin
                 timing.peak_memory = mx.get_peak_memory()
+                if any(event.finish_reason is not None for event in events):
+                    timing.depth = policy.describe()
                 timing.reused_tokens = self.prefixes.reused_tokens - reused
                 if prefill:
                     timing.prefill_seconds += spent

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ class Options:
     max_batch: int = 8
     max_waiting: int = 64
     max_tokens: int = 4096
-    prefill_budget: int = 2048
+    prefill_budget: int = 512
     kv_budget: int | None = None
     prefix_cache: int = 0
     max_body: int = 4 * 2**20
@@ -153,6 +154,9 @@ def run(service: Service, app: ASGIApp, bound: socket.socket, options: Options) 
     """Serve on `bound` until SIGTERM or SIGINT; answers under way may take `drain` seconds more."""
     import uvicorn
 
+    # uvicorn sends the signal that ended it again, when it is done: the engine has to be shut down first.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             service.closing = True
@@ -212,7 +216,8 @@ def greeting(rt: Runtime, options: Options, port: int) -> str:
         [
             f"{options.names[0]} at {url} (page), {url}/v1 (OpenAI), {url}/v1/messages (Anthropic)",
             f"memory: {_size(weights)} of weights; K/V {_size(kv * 1000)} per 1,000 tokens, at most {_size(row)} for a "
-            f"request of {rt.config.max_positions:,} tokens, {options.max_batch} at a time",
+            f"request of {rt.config.max_positions:,} tokens, {options.max_batch} at a time; at most "
+            f"{_size(options.prefix_cache)} for prefixes",
             f"try: curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
         ]
     )

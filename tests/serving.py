@@ -39,7 +39,7 @@ def demo_codec() -> TextCodec:
 
 def service_over(engine: Backend, codec: TextCodec, **settings: Any) -> Service:
     """A service that calls its model "demo" and decodes greedily."""
-    given: dict[str, Any] = {"models": ("demo",), "context": 8192, "defaults": GREEDY, "timeout": 60.0} | settings
+    given: dict[str, Any] = {"models": ("demo",), "context": 8192, "defaults": GREEDY, "timeout": 600.0} | settings
     return Service(engine, codec, Settings(**given), Metrics())
 
 
@@ -125,7 +125,8 @@ def listening(app: ASGIApp, **config: Any) -> Iterator[str]:
 def demo_server(rules: Rules | None = None, engine: Mapping[str, Any] | None = None, **settings: Any) -> Iterator[Live]:
     """A server over the demo pair on a free port."""
     runtime = load("demo")
-    with Engine(runtime, **(engine or {})) as running:
+    # What "auto" chooses depends on what rounds cost here.
+    with Engine(runtime, **({"depth": 3} | dict(engine or {}))) as running:
         service = service_over(running, demo_codec(), **settings)
         with listening(make_app(service, rules)) as url:
             yield Live(url, running, service)

@@ -88,7 +88,7 @@ def some_request(rt: Runtime, draw: random.Random, longest: int) -> Request:
         sampling=sampling,
         stop=("the",) if draw.random() < 0.1 else (),
         ignore_eos=sampling.constraint is None and draw.random() < 0.5,
-        depth=draw.choice([None, None, 0, 5]),
+        depth=draw.choice([None, None, None, 0, 5]),
     )
 
 
@@ -218,7 +218,7 @@ def soak(count: int, *, seed: int = 0, longest: int = LONGEST, rt: Runtime | Non
     rt = load("demo") if rt is None else rt
     rt.decode([Request(prompt=[2, 3], max_tokens=2)])
     begin, start, resident = time.monotonic(), settled_memory(), resident_bytes()
-    engine = Engine(rt, max_batch=8, kv_budget=KV_BUDGET, prefix_cache=4 << 20, buffer=16)
+    engine = Engine(rt, max_batch=8, depth=3, kv_budget=KV_BUDGET, prefix_cache=4 << 20, buffer=16)
     with engine:
         run = Soak(rt, engine, seed=seed, longest=longest)
         report = run.report
@@ -236,8 +236,9 @@ def soak(count: int, *, seed: int = 0, longest: int = LONGEST, rt: Runtime | Non
         "resident_start": resident,
         "resident_after": resident_bytes(),
     }
-    for name, found in (("idle, less the prefix cache", idle), ("after", after)):
-        if not abs(found - start) <= 0.01 * start:
+    # A buffer that MLX takes from its pool may be larger than what is kept in it, and counts whole.
+    for name, found, pooled in (("idle, less the prefix cache", idle, stats.prefix_bytes / 8), ("after", after, 0)):
+        if not abs(found - start) <= 0.01 * start + pooled:
             report.wrong.append(f"memory {name}: {found} bytes, began with {start}")
     if stats.kv_bytes or stats.failed_steps:
         report.wrong.append(f"left over: {stats.kv_bytes} bytes of K/V; {stats.failed_steps} steps failed")

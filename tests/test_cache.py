@@ -284,3 +284,17 @@ class _WideDrafter:
             token = mx.array(out > 1e9).astype(mx.int32)
             chain.append(token)
         return mx.stack(chain, axis=1)
+
+
+def test_what_is_held_keeps_nothing_else_alive() -> None:
+    cache = KVCache(_WIDE)
+    rows = [KVCache.with_row(_WIDE, 3000) for _ in range(4)]
+    for row in rows:
+        row.advance([40])
+    cache.admit(rows)
+    with_batch, whole = mx.get_active_memory(), cache.nbytes
+    held = cache.hold(2, 40)
+    del cache
+    assert held.nbytes < whole / 4
+    # A slice would have shared the batch's buffers.
+    assert mx.get_active_memory() <= with_batch - whole + held.nbytes + 10_000

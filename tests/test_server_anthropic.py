@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlx_gemma_mtp.constraints import Lark, ThinkingBudget
+from mlx_gemma_mtp.constraints import JsonSchema, Lark, ThinkingBudget
 from mlx_gemma_mtp.request import FinishReason
 
 from .fake_engine import events_of
@@ -142,6 +142,20 @@ def test_tool_choice(choice: dict[str, Any], held: bool) -> None:
     assert isinstance(fake.request.sampling.constraint, Lark) is held
     fake.message(tools=TOOLS, tool_choice={"type": "none"})
     assert list(fake.request.sampling.suppress_tokens) == [48]
+
+
+@pytest.mark.parametrize(
+    ("more", "constraint"),
+    [
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+         JsonSchema({"type": "object"})),
+        ({"output_config": {"effort": "low"}, "thinking": {"type": "adaptive"}}, ThinkingBudget(512)),
+    ],
+)  # fmt: skip
+def test_output_config(more: dict[str, Any], constraint: object) -> None:
+    fake = Fake("{}")
+    fake.message(**more)
+    assert fake.request.sampling.constraint == constraint
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 
+from ..constraints import JsonSchema
 from ..text import Piece
 from ..tool_calls import CallDelta, Delta
 from ..tool_grammar import Tool
@@ -18,6 +19,7 @@ from .service import Choice, Job, Run, Service, mtp_report
 from .sse import event
 
 _STOP = {"stop": "end_turn", "stop_string": "stop_sequence", "length": "max_tokens", "tool_calls": "tool_use"}
+_EFFORTS = {"low": prompts.EFFORTS["low"], "medium": prompts.EFFORTS["medium"]}
 # Clients send a thought back with its signature; this server needs none.
 _SIGNATURE = "mlx-gemma-mtp"
 
@@ -45,7 +47,7 @@ async def messages_job(service: Service, body: MessagesRequest) -> Job:
         choice=kind,
         named=named,
         parallel=not (choice and choice.disable_parallel_tool_use),
-        schema=None,
+        schema=_schema(body),
         budget=budget if thinks else None,
     )
     suppressed = service.codec.mark("<|tool_call>") if tools and kind == "none" else None
@@ -201,7 +203,15 @@ def _thinking(body: CountRequest) -> tuple[bool, int | None]:
     if extra is not None and wanted is not None:
         raise bad("thinking and thinking_budget both say how much to think: give one of them", "thinking_budget")
     enabled = None if wanted is None else wanted.type != "disabled"
+    effort = body.output_config.effort if body.output_config else None
+    if enabled and budget is None and effort is not None:
+        budget = _EFFORTS.get(effort)
     return prompts.thinking(enabled=enabled, budget=budget if extra is None else extra)
+
+
+def _schema(body: CountRequest) -> JsonSchema | None:
+    wanted = body.output_config.format if body.output_config else None
+    return None if wanted is None else prompts.json_schema(wanted.schema_, "output_config.format.schema")
 
 
 def _messages(given: Sequence[MessageBody]) -> list[prompts.Message]:

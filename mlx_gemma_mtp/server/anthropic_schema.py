@@ -33,7 +33,12 @@ class ToolSpec(Body):
     input_schema: dict[str, Any]
     type: Literal["custom"] | None = None
     strict: bool | None = None
+    input_examples: list[dict[str, Any]] | None = None
+    # Hints, and what every tool here is anyway.
     cache_control: dict[str, Any] | None = None
+    eager_input_streaming: bool | None = None
+    allowed_callers: list[Literal["direct"]] | None = None
+    defer_loading: Literal[False] | None = None
 
 
 class ToolChoice(Body):
@@ -52,6 +57,20 @@ class Thinking(Body):
     display: str | None = None
 
 
+class JsonFormat(Body):
+    """The answer has to be JSON, valid under a schema."""
+
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Body):
+    """What the answer has to look like; `effort` limits a thought, where there is one."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: JsonFormat | None = None
+
+
 class CountRequest(Body):
     """The body of /v1/messages/count_tokens."""
 
@@ -61,6 +80,8 @@ class CountRequest(Body):
     tools: Annotated[list[ToolSpec] | None, Field(max_length=512)] = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    cache_control: dict[str, Any] | None = None
 
 
 class MessagesRequest(CountRequest, Mtp):

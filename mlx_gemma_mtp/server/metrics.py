@@ -77,13 +77,20 @@ class _EngineFigures(Collector):
         gauges = {
             "rows": ("Rows of the batch in use.", stats.running),
             "waiting_requests": ("Requests that wait for a row.", stats.waiting),
+            "paused_requests": ("Requests that gave their row up for want of memory.", stats.paused),
             "kv_bytes": ("Bytes of keys and values.", stats.kv_bytes),
+            "kv_budget_bytes": ("The most that keys and values may take.", stats.kv_budget or 0),
+            "prefix_cache_bytes": ("Bytes of prefixes kept for later.", stats.prefix_bytes),
             "peak_memory_bytes": ("The most memory that MLX has held.", stats.peak_memory),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"{_NAME}_{name}", text, value=value)
         counters = {
             "rounds": ("Rounds of the whole batch.", stats.rounds),
+            "preemptions": ("Times that a row was given up for want of memory.", stats.preemptions),
+            "prefilled_tokens": ("Prompt tokens computed.", stats.prefilled_tokens),
+            "prefix_hits": ("Prompts that began with a prefix kept.", stats.prefix_hits),
+            "prefix_tokens": ("Prompt tokens that such prefixes saved.", stats.prefix_tokens),
             "failed_steps": ("Steps that failed.", stats.failed_steps),
             "row_rounds": ("Rounds, counted for each row in them.", stats.spec.rounds),
             "drafted_tokens": ("Tokens drafted.", stats.spec.drafted),

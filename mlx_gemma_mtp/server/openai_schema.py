@@ -145,8 +145,10 @@ class ChatRequest(Sampled):
     store: Literal[False] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     safety_identifier: str | None = None
     # Known, and not to be had here.
+    moderation: None = None
     audio: None = None
     prediction: None = None
     web_search_options: None = None

@@ -42,6 +42,12 @@ class Reasoning(Body):
     summary: Literal["auto", "concise", "detailed"] | None = None
 
 
+class ResponsesStream(Body):
+    """How a stream is sent."""
+
+    include_obfuscation: Literal[False] | None = None
+
+
 class ResponsesRequest(Mtp):
     """The body of /v1/responses."""
 
@@ -64,6 +70,8 @@ class ResponsesRequest(Mtp):
     truncation: Literal["disabled"] | None = None
     include: list[str] | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    stream_options: ResponsesStream | None = None
     safety_identifier: str | None = None
     parallel_tool_calls: bool | None = None
     tool_choice: Literal["none", "auto"] | None = None

@@ -1,0 +1,119 @@
+"""Measures what rounds of a pair cost on this machine, by rows, depth and context. Knows no requests, text or files.
+
+Keys and values are zeros: how long a round takes does not depend on them.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .acceptance import committed
+from .cache import KVCache
+from .costs import DEEPEST, CostFacts, CostModel
+from .speculative import Block, Speculator
+
+BATCHES = (1, 2, 4, 8)
+CONTEXTS = (256, 3000)
+ACCEPTANCES = (0.5, 0.6, 0.7, 0.8, 0.9)
+_ROUNDS = 5  # timed, behind one that compiles
+_SPLIT = 4  # drafts of the rounds that tell the drafter's share
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Seconds of rounds of 0, 1, … drafts for one number of rows in one context."""
+
+    rows: int
+    context: int
+    seconds: tuple[float, ...]
+
+    def rate(self, depth: int, acceptance: float) -> float:
+        """Tokens per second of the batch at an acceptance that is the same at all positions."""
+        return self.rows * committed([acceptance] * depth)[-1] / self.seconds[depth]
+
+    def best(self, acceptance: float) -> int:
+        """The depth of the highest rate."""
+        return max(range(len(self.seconds)), key=lambda k: self.rate(k, acceptance))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What was measured. `left_out`: shapes (rows, context) for which there was no time."""
+
+    costs: CostModel
+    curves: tuple[Curve, ...]
+    left_out: tuple[tuple[int, int], ...]
+    seconds: float
+
+
+def tune(
+    speculator: Speculator,
+    facts: CostFacts,
+    *,
+    vocab_size: int,
+    max_positions: int,
+    batches: Sequence[int] = BATCHES,
+    contexts: Sequence[int] = CONTEXTS,
+    seconds: float = 110.0,
+    progress: Progress | None = None,
+) -> Tuning:
+    """Measure all batches in all contexts, for about `seconds` at most: short contexts and small batches first.
+
+    Raises ValueError where there is no drafter.
+    """
+    if speculator.drafter is None:
+        raise ValueError("there is no drafter: plain decoding is all that there is to choose")
+    begin, costs = time.perf_counter(), CostModel(facts)
+    room = max_positions - (DEEPEST + 1) * (_ROUNDS + 1) * (DEEPEST + 2)
+    shapes = [(rows, c) for c in sorted({max(min(n, room), 1) for n in contexts}) for rows in sorted(batches)]
+    curves: list[Curve] = []
+    left_out: list[tuple[int, int]] = []
+    for i, (rows, context) in enumerate(shapes):
+        if curves and time.perf_counter() - begin > seconds:
+            left_out.append((rows, context))
+            continue
+        steady: list[float] = []
+        for k in range(DEEPEST + 1):
+            if progress is not None:
+                what = f"{rows} row{'s' if rows > 1 else ''}, {context} tokens, {k} drafts"
+                progress(what, max((i * (DEEPEST + 1) + k) / (len(shapes) * (DEEPEST + 1)), 1e-6))
+            steady.append(_median(speculator, rows, context, k, k, vocab_size))
+        step = max(_median(speculator, rows, context, 0, _SPLIT, vocab_size) - steady[0], 0.0) / _SPLIT
+        costs.store(rows, context, steady, step)
+        curves.append(Curve(rows=rows, context=context, seconds=tuple(costs.table(rows, context).steady())))
+    took = time.perf_counter() - begin
+    return Tuning(costs=costs, curves=tuple(curves), left_out=tuple(left_out), seconds=took)
+
+
+def _median(speculator: Speculator, rows: int, context: int, verified: int, drafted: int, vocab_size: int) -> float:
+    """Seconds of a round that verifies and drafts so many."""
+    cache, draw, spent = _filled(speculator, rows, context), random.Random(0), []
+    for _ in range(_ROUNDS + 1):
+        tokens = [[draw.randrange(vocab_size) for _ in range(verified + 1)] for _ in range(rows)]
+        block = Block(mx.array(tokens, mx.int32), mx.full((rows,), verified, mx.int32))
+        mx.eval(block.tokens, block.offered)
+        begin = time.perf_counter()
+        speculator.run_round(cache, block, [drafted] * rows)
+        spent.append(time.perf_counter() - begin)
+    return statistics.median(spent[1:])
+
+
+def _filled(speculator: Speculator, rows: int, context: int) -> KVCache:
+    """A cache of rows that hold `context` tokens each."""
+    cache, others = KVCache(speculator.spec), []
+    for _ in range(rows):
+        row = KVCache.with_row(speculator.spec, context)
+        row.advance([context])
+        row.rewind([0])  # the device's lengths follow the host's
+        others.append(row)
+    cache.admit(others)
+    mx.eval(cache.arrays)
+    return cache
