@@ -21,13 +21,14 @@ _NEIGHBOUR = 6.0  # samples below which a position's rate leans on the one befor
 _MOVED = 0.5  # what a rate is worth that had to follow another
 _LATEST = 8.0  # samples that can belie a rate
 _JUMP = 3.0  # standard errors by which they then differ
-_OTHERS = 0.2  # standard deviation between requests
+_OTHERS = 0.15  # standard deviation between requests
 _DRIFT, _STALE_DRIFT, _MOST_DRIFT = (
     0.015,
     0.15,
     0.4,
 )  # standard deviation that builds up while nothing is drafted, per root of a round
 _RECENT = 16.0  # tokens that tell what a text is like
+_LONGEST = 512  # of those that came since it was last asked
 _CHANGED = 0.35
 _FORGET = 0.98  # per round in which a position wasn't reached
 
@@ -35,11 +36,11 @@ _FORGET = 0.98  # per round in which a position wasn't reached
 class Rate:
     """A running mean of accepted or not. `weight`: samples that it stands for; it fades where none come."""
 
-    __slots__ = ("_fast", "_jumps", "_memory", "_stamp", "_weight", "mean")
+    __slots__ = ("_fast", "_memory", "_stamp", "_weight", "mean")
 
     def __init__(self, mean: float, weight: float, memory: float, now: int) -> None:
         self.mean, self._weight, self._memory, self._stamp = mean, weight, memory, now
-        self._fast, self._jumps = mean, memory < _ALL
+        self._fast = mean
 
     def weight(self, now: int) -> float:
         """At round `now`."""
@@ -55,14 +56,16 @@ class Rate:
         self.mean += (accepted - self.mean) / self._weight
         self._fast += (accepted - self._fast) / _LATEST
         jump = self._fast - self.mean
-        if (
-            not self._jumps
-            or self._weight < 2.0 * _LATEST
-            or abs(jump) < _JUMP * self.spread() / math.sqrt(2.0 * _LATEST)
-        ):
+        if self._weight < 2.0 * _LATEST or abs(jump) < _JUMP * self.spread() / math.sqrt(2.0 * _LATEST):
             return 0.0
         self.mean, self._weight = self._fast, _LATEST
         return jump
+
+    def add_mean(self, accepted: float, count: int, now: int) -> None:
+        """Count `count` drafts, of which the share `accepted` was."""
+        self._weight = min(self.weight(now) + count, self._memory)
+        self._stamp = now
+        self.mean += (accepted - self.mean) * min(count / self._weight, 1.0)
 
     def shift(self, by: float) -> None:
         """Move the mean, and trust it less."""
@@ -78,20 +81,31 @@ class Rate:
 class AcceptanceModel:
     """Rates of all requests together (they outlive each), and of every living request."""
 
-    def __init__(self, rates: Sequence[float] = ()) -> None:
+    def __init__(self, rates: Sequence[tuple[float, float]] = ()) -> None:
         self._now = 0
-        self._all = [Rate(mean, _START, _ALL, 0) for mean in rates]
+        self._all = [Rate(mean, weight, _ALL, 0) for mean, weight in rates]
         self._reached = [0] * POSITIONS
+        self._reaching, self._accepted = [0] * POSITIONS, [0] * POSITIONS
         self._own: dict[int, list[Rate]] = {}
         self._known: dict[int, list[float]] = {}
 
     @property
-    def rates(self) -> list[float]:
-        """Of all requests, for the positions that any has reached."""
-        return [rate.mean for rate in self._all]
+    def rates(self) -> list[tuple[float, float]]:
+        """Means of all requests, and the samples they stand for, at the positions that any has reached."""
+        return [(rate.mean, rate.weight(self._now)) for rate in self._all]
 
     def tick(self) -> None:
-        """A round is over: what it told nothing of grows older."""
+        """A round is over: all requests' rates take it in, and what it told nothing of grows older."""
+        for i, count in enumerate(self._reaching):
+            if not count:
+                break
+            mean = self._accepted[i] / count
+            if i == len(self._all):
+                guess = self._guess([], i)
+                self._all.append(Rate(guess, 1.0, _ALL, self._now))
+            self._all[i].add_mean(mean, count, self._now)
+            self._reached[i] = self._now
+            self._reaching[i] = self._accepted[i] = 0
         self._now += 1
 
     def observe(self, request: int | None, offered: int, accepted: int) -> None:
@@ -103,13 +117,11 @@ class AcceptanceModel:
         for i in range(min(offered, accepted + 1, POSITIONS)):
             if i == len(own):
                 own.append(Rate(self._guess([r.mean for r in own], i), _START, _OWN, self._now))
-            if i == len(self._all):
-                self._all.append(Rate(own[i].mean, 1.0, _ALL, self._now))
             jump = own[i].add(i < accepted, self._now)
             for rate in own[i + 1 :] if jump else ():
                 rate.shift(jump)
-            self._all[i].add(i < accepted, self._now)
-            self._reached[i] = self._now
+            self._reaching[i] += 1
+            self._accepted[i] += i < accepted
         if request is not None:
             self._known.pop(request, None)
 
@@ -135,8 +147,9 @@ class AcceptanceModel:
 
     @property
     def stale(self) -> bool:
-        """Whether rates may be others by now: nothing was drafted for long."""
-        return self._drift(0) > _STALE_DRIFT
+        """Whether rates are unknown, or may be others by now: nothing was drafted for long."""
+        known = bool(self._all) and self._all[0].weight(self._now) > _STALE
+        return not known or self._drift(0) > _STALE_DRIFT
 
     def doubt(self) -> None:
         """What is drafted next may be another kind of text."""
@@ -147,11 +160,16 @@ class AcceptanceModel:
         found, owns = [], [self._own.get(r, []) for r in requests]
         for i in range(POSITIONS):
             rates = [own[i] for own in owns if i < len(own)]
-            weight = sum(rate.weight(self._now) for rate in rates)
-            spread = sum(rate.spread() for rate in rates) / len(rates) if rates else 0.5
-            drift = self._drift(i)
+            everyone = self._all[i] if i < len(self._all) else None
+            weight = sum(rate.weight(self._now) for rate in rates) + 1.0
             others = 0.0 if rates else _OTHERS
-            found.append(math.sqrt(spread**2 / (weight + 1.0 if rates else _START) + drift**2 + others**2))
+            if rates:
+                spread = sum(rate.spread() for rate in rates) / len(rates)
+            elif everyone is not None:
+                weight, spread = max(everyone.weight(self._now), _START), everyone.spread()
+            else:
+                weight, spread = _START, 0.5
+            found.append(math.sqrt(spread**2 / weight + self._drift(i) ** 2 + others**2))
         return found
 
     def _drift(self, i: int) -> float:
@@ -183,35 +201,38 @@ class Predictability:
     """
 
     def __init__(self) -> None:
+        self._new: dict[int, list[int]] = {}
         self._next: dict[int, dict[tuple[int, int], int]] = {}
         self._tail: dict[int, tuple[int, ...]] = {}
-        self._hits: dict[int, Rate] = {}
+        self._hits: dict[int, float] = {}
         self._before: dict[int, float] = {}
 
     def observe(self, request: int, tokens: Sequence[int]) -> None:
         """What a request got next."""
-        if not tokens:
-            return
-        follows = self._next.setdefault(request, {})
-        hits = self._hits.setdefault(request, Rate(0.0, 0.0, _RECENT, 0))
-        tail = self._tail.get(request, ())
-        for token in tokens:
-            if len(tail) == 2:
-                hits.add(follows.get((tail[0], tail[1])) == token, 0)
-                follows[tail[0], tail[1]] = token
-            tail = (*tail[-1:], token)
-        self._tail[request] = tail
+        self._new.setdefault(request, []).extend(tokens)
 
     def forget(self, request: int) -> None:
         """A request has ended."""
-        for kept in (self._next, self._tail, self._hits, self._before):
+        for kept in (self._new, self._next, self._tail, self._hits, self._before):
             kept.pop(request, None)
 
     def changed(self) -> bool:
         """Whether a request's text is another than when this was last true."""
-        for request, hits in self._hits.items():
-            before = self._before.setdefault(request, 0.0)
-            if abs(hits.mean - before) > _CHANGED and hits.weight(0) >= _RECENT:
-                self._before[request] = hits.mean
-                return True
-        return False
+        changed = False
+        for request, tokens in self._new.items():
+            self._read(request, tokens[-_LONGEST:])
+            tokens.clear()
+            hits = self._hits[request]
+            if abs(hits - self._before.setdefault(request, 0.0)) > _CHANGED:
+                self._before[request], changed = hits, True
+        return changed
+
+    def _read(self, request: int, tokens: Sequence[int]) -> None:
+        follows = self._next.setdefault(request, {})
+        hits, tail = self._hits.get(request, 0.0), self._tail.get(request, ())
+        for token in tokens:
+            if len(tail) == 2:
+                hits += ((follows.get((tail[0], tail[1])) == token) - hits) / _RECENT
+                follows[tail[0], tail[1]] = token
+            tail = (*tail[-1:], token)
+        self._hits[request], self._tail[request] = hits, tail

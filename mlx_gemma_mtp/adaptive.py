@@ -1,8 +1,9 @@
 """The depth that pays: expected tokens per second of the whole batch, round by round. Knows no MLX, models or text.
 
-Each round takes the depth K with the most expected tokens per second: the rows' acceptance rates say how many tokens,
-the cost model how many seconds. Other depths are tried where they might be better: never for more than a small share
-of the time spent decoding, and ever more rarely while trying changes nothing. Depth 0 (parked) is one of the depths.
+Every few rounds the depth K with the most expected tokens per second is taken: the rows' acceptance rates say how many
+tokens, the cost model how many seconds. Other depths are tried where they might be better: never for more than a small
+share of the time spent decoding, compilations included, and ever more rarely while trying changes nothing. Depth 0
+(parked) is one of the depths.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ from .acceptance import AcceptanceModel, Predictability, committed
 from .costs import DEEPEST, CostModel, Table
 from .depth import DepthChoice, FixedDepth, RoundShape, RowOutcome, RowState
 
-_GAIN = 1.02  # how much better another depth has to be,
-_GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.03, 1.005  # than plain decoding, and plain decoding than it
+_DEPTHS = (0, 1, 2, 3, 4, 6, 8)  # few, as each is a shape to compile
+_EVERY = 4  # rounds from one choice to the next
+_GAIN = 1.02  # how much better another depth has to be, in two choices in a row,
+_GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.005  # than plain decoding, and plain decoding than it
+_MUCH, _CLEARLY = 1.03, 1.25  # better by so much, other depths may be worth trying, or it is taken at once
 _PLAIN_AGAIN = 64  # rounds of drafting after which plain decoding is measured again, times the square of the gain
 _OPTIMISM = 1.2  # standard errors
-_SHARE = 0.006  # of the time spent, for trying other depths
-_FIRST_SHARE, _FIRST_ROUNDS = 0.03, 300  # and of the first rounds
+_SHARE = 0.003  # of the time spent, for trying other depths
+_FIRST_SHARE, _FIRST_ROUNDS = 0.025, 300  # and of the first rounds
 _CREDIT = 20  # rounds over which a depth that should be better pays for being tried
 _BONUS = 4.0  # plain rounds' worth of it when a text has changed
 _SAVINGS = 12.0  # plain rounds' worth that can be put by
-_HORIZON = 64  # rounds over which a new shape's compilation has to pay
+_HORIZON, _PAYBACK = 64, 2.0  # rounds over which a new shape's compilation has to pay, and how many times over
 _TRIAL = 3  # rounds at a depth never measured, besides those that compile
 _REACH = 3  # drafts beyond the deepest ever measured that a trial may go
-_LEAST_CHAIN = 0.15  # below, other lengths of blocks cost more compilations than they save
-_PAUSE = 4  # rounds from one trial to the next
+_CUT, _UNCUT = 0.2, 0.12  # worth of a draft from which blocks are cut, and below which they no longer are
 _WAIT, _LONGEST_WAIT = 4, 256  # rounds from one trial of a depth to its next: doubling
+_NEWS_WAIT = 16  # rounds after which a new request may be tried for
 
 
 @dataclass
@@ -39,7 +43,6 @@ class _Place:
 
     depth: int
     rounds: int = 0
-    next: int = _PAUSE
     due: list[int] = field(default_factory=lambda: [0] * (DEEPEST + 1))
     wait: list[int] = field(default_factory=lambda: [_WAIT] * (DEEPEST + 1))
 
@@ -64,8 +67,9 @@ class DepthMemory:
     """What outlives a scheduler: costs, all requests' rates, seconds of a compilation and seconds left for trials."""
 
     costs: CostModel = field(default_factory=CostModel)
-    rates: list[float] = field(default_factory=list)
+    rates: list[tuple[float, float]] = field(default_factory=list)
     trace: float = 0.03
+    traced: bool = False
     purse: float = 0.0
     rounds: int = 0
     places: dict[Table, _Place] = field(default_factory=dict)
@@ -82,25 +86,31 @@ class AdaptiveDepth:
         self._places = self._memory.places
         self._running: set[int] = set()
         self._trial: _Trial | None = None
-        self._depth = 0
         self._begun: deque[float] = deque()
         self._last = 0.0
+        self._depth, self._chosen, self._wait = 0, 0, 0  # of the block planned; without trials; rounds to the choice
+        self._news, self._cut = False, False
+        self._rival = 0
+        self._table: Table | None = None
         self._view: _View | None = None
 
     @property
     def min_chain(self) -> float:
         """See `DepthPolicy`."""
-        return 0.0 if self._view is None else self._view.min_chain(self._depth)
+        return self._view.worth(self._depth) if self._cut and self._view is not None else 0.0
 
     def plan(self, rows: Sequence[RowState], *, width: int, context: int) -> list[int]:
         """See `DepthPolicy`."""
-        new = {r.request for r in rows} - self._running
-        if not self._running:
+        running = self._running
+        fresh = not running
+        if fresh:
             self._begun.clear()  # of rounds that failed, nothing was told
-        joining = len(self._running) > 0 and len(new) == len(rows)
-        self._running |= new
-        if any(r.fixed is None and r.cap for r in rows) and not joining:
-            self._depth = self._choose(rows, self._costs.table(width, context), news=bool(new))
+        new = {r.request for r in rows} - running
+        joining = not fresh and len(new) == len(rows)
+        running |= new
+        self._news |= bool(new)
+        if not joining and any(r.fixed is None and r.cap for r in rows):
+            self._depth = self._next_depth(rows, self._costs.table(width, context), fresh=fresh)
         return [0 if r.cap == 0 else self._depth if r.fixed is None else r.fixed for r in rows]
 
     def begin(self) -> None:
@@ -110,14 +120,15 @@ class AdaptiveDepth:
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
         """See `DepthPolicy`."""
         now = self._clock()
-        seconds = now - max(self._begun.popleft(), self._last) if self._begun else 0.0
-        self._last = now
+        seconds = self._seconds(now)
         table = self._costs.table(shape.rows, shape.context)
         expected = self._costs.level * table.seconds(shape.verified, shape.drafted)
         new = (shape.verified, shape.drafted) not in table.seen
+        if not (new or shape.settled):
+            table.seen.clear()  # the arrays have grown, say: all is compiled anew
         self._costs.observe(shape.rows, shape.verified, shape.drafted, shape.context, seconds, settled=shape.settled)
         if self._costs.measured:
-            self._earn(shape, seconds, expected, new=new)
+            self._earn(shape, seconds, expected, new=new or not shape.settled)
         for outcome in outcomes:
             over = outcome.request not in self._running
             self._acceptance.observe(None if over else outcome.request, outcome.offered, outcome.accepted)
@@ -138,83 +149,105 @@ class AdaptiveDepth:
             return DepthChoice(depth=self._depth, reason="nothing was decoded yet")
         return self._view.describe()
 
+    def _seconds(self, now: float) -> float:
+        """Of the oldest round begun: from the end of the last one, unless there was a pause or a prefill between."""
+        last, self._last = self._last, now
+        if not self._begun:
+            return 0.0
+        begun = self._begun.popleft()
+        return now - (last if 2.0 * (begun - last) < now - begun else begun)
+
     def _earn(self, shape: RoundShape, seconds: float, expected: float, *, new: bool) -> None:
         """Put by a share of a round's time; note what a compilation took."""
-        memory, plain = self._memory, self._costs.seconds(shape.rows, 0, 0, shape.context)
+        memory = self._memory
         if new:
-            memory.trace += 0.3 * (min(max(seconds - expected, 0.0), 3.0 * memory.trace) - memory.trace)
+            memory.traced |= not shape.settled
+            step = 0.1 if shape.settled and memory.traced else 0.3
+            memory.trace += step * (min(max(seconds - expected, 0.0), 3.0 * memory.trace) - memory.trace)
         memory.rounds += 1
         share = _SHARE if memory.rounds > _FIRST_ROUNDS else _FIRST_SHARE
-        most = _SAVINGS * plain + 4.0 * memory.trace
-        memory.purse = min(memory.purse + share * min(seconds, 3.0 * expected), most)
+        most = _SAVINGS * expected + 4.0 * memory.trace
+        memory.purse = min(memory.purse + share * min(seconds, 3.0 * expected), max(most, memory.purse))
 
-    def _choose(self, rows: Sequence[RowState], table: Table, *, news: bool) -> int:
-        """The depth for the free rows: that of a trial, or the one with the best rate."""
+    def _next_depth(self, rows: Sequence[RowState], table: Table, *, fresh: bool) -> int:
+        """The depth for the free rows: that of a trial, the last choice, or, every few rounds, a new one."""
+        moved, self._table = table is not self._table, table
         least = max((r.fixed for r in rows if r.fixed is not None and r.cap), default=0)
-        if not any(table.known(k) for k in range(DEEPEST + 1)):
-            return least
         most = max(r.cap for r in rows if r.fixed is None)
-        view = _View.of(rows, table, self._acceptance, self._costs.level, least)
+        trial = self._trial
+        if trial is not None and trial.table is table and trial.left > 1 and most >= trial.depth >= least:
+            trial.left -= 1
+            return trial.depth
+        self._trial = None
+        self._wait -= 1
+        if not fresh and (most < DEEPEST or (not (moved or self._news) and self._wait > 0)):
+            return max(self._chosen, least)
+        if not any(table.target[k] is not None for k in _DEPTHS):
+            return least
+        self._wait = _EVERY
+        return self._choose(rows, table, least, fresh=fresh, moved=moved, most=most)
+
+    def _choose(
+        self, rows: Sequence[RowState], table: Table, least: int, *, fresh: bool, moved: bool, most: int
+    ) -> int:
+        """The depth of the best rate, or that of a trial."""
+        view = self._view = _View.of(rows, table, self._acceptance, self._costs.level, least)
         place = self._place(table, view)
-        changed = self._predictability.changed()
-        if news or changed:
-            place.renew(_WAIT)
-            self._acceptance.doubt()
+        changed = place.depth == 0 and self._predictability.changed()
+        if self._news or changed:
+            place.renew(_WAIT if changed else _NEWS_WAIT)
+            self._news = False
         if changed:
+            self._acceptance.doubt()
             self._memory.purse += _BONUS * view.seconds[0]
-        if (running := self._ongoing(table, most)) is not None:
-            return running
-        best = max((k for k in range(least, DEEPEST + 1) if table.known(k) or k == least), key=view.rates.__getitem__)
-        current = max(place.depth, least)
-        better = view.rates[best] / view.rates[current] if table.known(current) else _GAIN + 1.0
-        horizon = _HORIZON if most == DEEPEST else most
+        current = max(place.depth if fresh else self._chosen, least)
+        best = max((k for k in view.depths if table.known(k) or k == least), key=view.rates.__getitem__)
+        better = view.rates[best] / view.rates[current] if table.known(current) else _CLEARLY + 1.0
         gain = _GAIN_OVER_PLAIN if current == 0 else _GAIN_OF_PLAIN if best == 0 else _GAIN
-        if better > gain and (better - 1.0) * horizon * view.seconds[current] >= self._traces(table, current, best):
-            current = best
-            if most == DEEPEST:
-                place.depth = best
+        rival = (best > current) - (best < current) if better > gain else 0
+        sure = better > _CLEARLY or fresh or moved or rival == self._rival
+        self._rival = rival
+        saved = (better - 1.0) * min(_HORIZON, 8 * most) * view.seconds[current]
+        if rival and sure and saved >= _PAYBACK * self._traces(table, current, best):
+            current, self._rival = best, 0
+            if better > _MUCH:
                 place.renew(16 * _WAIT)
-        view.depth = current
-        if most == DEEPEST:
-            self._view = view
-            place.rounds += 1
-            if place.rounds >= place.next and (trial := self._next_trial(view, table, place, current)):
-                self._trial = trial
-                return trial.depth
-        return current
+        self._chosen = view.depth = current
+        if least == 0:
+            place.depth = current
+        self._cut = self._cuts(view, current)
+        place.rounds += _EVERY
+        self._trial = self._next_trial(view, table, place, current) if most == DEEPEST and not fresh else None
+        return current if self._trial is None else self._trial.depth
+
+    def _cuts(self, view: _View, depth: int) -> bool:
+        """Whether blocks are cut: where a draft more is dear, and the shapes of short blocks soon pay."""
+        dear = view.worth(depth) >= (_UNCUT if self._cut else _CUT)
+        return dear and self._memory.trace <= (0.7 if self._cut else 0.35) * view.seconds[depth]
 
     def _place(self, table: Table, view: _View) -> _Place:
         if table not in self._places:
-            known = [k for k in range(DEEPEST + 1) if table.known(k)]
+            known = [k for k in _DEPTHS if table.known(k)]
             self._places[table] = _Place(max(known, key=view.rates.__getitem__))
         return self._places[table]
 
-    def _ongoing(self, table: Table, most: int) -> int | None:
-        """The depth of a trial that goes on."""
-        trial = self._trial
-        if trial is None or trial.table is not table or trial.left <= 1 or most < trial.depth:
-            self._trial = None
-            return None
-        trial.left -= 1
-        return trial.depth
-
     def _next_trial(self, view: _View, table: Table, place: _Place, current: int) -> _Trial | None:
         """Another depth that may well be better, if it can be paid for."""
-        place.next = place.rounds + _PAUSE
         rate, hopes = view.rates[current], view.hopes(self._acceptance)
-        least = max(view.least, 1)
-        promising = [k for k in range(least, DEEPEST + 1) if k != current and hopes[k] > _GAIN * rate]
         if current > 0 and view.least == 0 and place.due[0] <= place.rounds:
             # Costs that grow with the context, say, would else go unseen: all depths' look alike from within.
+            rounds = 1 if {(current, 0), (0, current)} <= table.seen else 2
+            loss = self._loss(view, table, current, 0, rounds)
+            if loss > self._memory.purse:
+                return None  # this is saved up for
+            self._memory.purse -= max(loss, 0.0)
             place.due[0] = place.rounds + int(_PLAIN_AGAIN * (rate / view.rates[0]) ** 2)
-            return _Trial(table, 0, 1 if {(current, 0), (0, current)} <= table.seen else 2)
-        if not promising:
-            return None
+            return _Trial(table, 0, rounds)
         deepest = max(k for k in range(DEEPEST + 1) if table.known(k))
         offers = []
-        for k in promising:
-            if k <= deepest + _REACH and place.due[k] <= place.rounds:
-                rounds = 1 if {(current, k), (k, current)} <= table.seen else _TRIAL
+        for k in view.depths:
+            if 0 < k <= deepest + _REACH and k != current and place.due[k] <= place.rounds and hopes[k] > _GAIN * rate:
+                rounds = 1 if table.known(k) else _TRIAL
                 loss = self._loss(view, table, current, k, rounds)
                 value = (hopes[k] / rate - _GAIN) / (max(loss, 0.0) + 0.1 * view.seconds[current])
                 offers.append((value, loss, k, rounds))
@@ -239,8 +272,11 @@ class AdaptiveDepth:
 
     def _traces(self, table: Table, before: int, after: int) -> float:
         """Seconds to compile what a change of depth brings."""
-        shapes = {(before, after), (after, after)} if before != after else set()
-        return len(shapes - table.seen) * self._memory.trace
+        if before == after:
+            return 0.0
+        stay = (before, before) not in table.seen
+        move = ((before, after) not in table.seen) + ((after, after) not in table.seen)
+        return max(move - stay, 0) * self._memory.trace
 
 
 @dataclass(kw_only=True)
@@ -249,6 +285,7 @@ class _View:
 
     requests: list[int]
     rows: int
+    depths: list[int]
     tokens: list[float]
     seconds: list[float]
     rates: list[float]
@@ -261,21 +298,28 @@ class _View:
     @classmethod
     def of(cls, rows: Sequence[RowState], table: Table, model: AcceptanceModel, level: float, least: int) -> _View:
         """Of the batch `rows`."""
-        depths = range(DEEPEST + 1)
-        tokens = [0.0] * (DEEPEST + 1)
-        for row in rows:
-            chain = committed(model.of(row.request))
-            for k in depths:
-                tokens[k] += chain[min(k if row.fixed is None else row.fixed, row.cap)]
+        shares = [model.of(row.request) for row in rows]
+        chains = [committed(share) for share in shares]
+        for chain, row in zip(chains, rows, strict=True):
+            most = row.cap if row.fixed is None else min(row.fixed, row.cap)
+            if row.fixed is not None:
+                chain[:] = [chain[most]] * len(chain)
+            elif most < DEEPEST:
+                chain[most:] = [chain[most]] * (len(chain) - most)
+        tokens = [sum(at) for at in zip(*chains, strict=True)]
         seconds = [level * s for s in table.steady()]
-        rates = [t / s for t, s in zip(tokens, seconds, strict=True)]
-        requests = [r.request for r in rows]
-        shares = [model.of(r) for r in requests]
-        mean = [sum(s[i] for s in shares) / len(shares) for i in range(DEEPEST)]
         return cls(
-            requests=requests, rows=len(rows), tokens=tokens, seconds=seconds, rates=rates, table=table,
-            level=level, least=least, acceptance=mean,
-        )  # fmt: skip
+            requests=[r.request for r in rows],
+            rows=len(rows),
+            depths=[k for k in range(least, DEEPEST + 1) if k in _DEPTHS or k == least],
+            tokens=tokens,
+            seconds=seconds,
+            rates=[t / s for t, s in zip(tokens, seconds, strict=True)],
+            table=table,
+            level=level,
+            least=least,
+            acceptance=[sum(at) / len(rows) for at in zip(*shares, strict=True)],
+        )
 
     def hopes(self, model: AcceptanceModel) -> list[float]:
         """Rates as good as they may well be."""
@@ -287,20 +331,19 @@ class _View:
             for k in range(DEEPEST + 1)
         ]
 
-    def min_chain(self, depth: int) -> float:
+    def worth(self, depth: int) -> float:
         """What a draft more must be likely to be worth its verification, which other rows share."""
         if depth < 2:
             return 0.0  # the first draft is always verified
         target = self.table.curve()
         further = self.level * (target[depth] - target[0]) / depth / self.rows
-        worth = further * self.rates[depth]
-        return min(worth, 0.9) if worth >= _LEAST_CHAIN else 0.0
+        return min(further * self.rates[depth], 0.9)
 
     def describe(self) -> DepthChoice:
         """The choice in words and figures."""
         plain, shown = self.seconds[0], self.depth
         if shown == 0:
-            other = max(range(1, DEEPEST + 1), key=self.rates.__getitem__)
+            other = max(_DEPTHS[1:], key=self.rates.__getitem__)
             cost = self.seconds[other] / plain
             reason = f"parked: verify({other + 1}) costs {cost:.1f} steps, acceptance {self.acceptance[0]:.2f}"
         else:

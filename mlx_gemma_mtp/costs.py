@@ -14,7 +14,7 @@ from typing import Any
 
 DEEPEST = 8
 
-_STORED = 0.0016  # relative variance of a share measured at rest, some rounds each
+_STORED = 0.0036  # relative variance of a share measured at rest, some rounds each
 _NOISE = 0.01  # relative variance of one round
 _UNKNOWN = 0.09  # of a share never measured
 _UNKNOWN_STEP = 0.25  # of the drafter's share before any round told it
@@ -24,7 +24,7 @@ _LEVEL_AGE = 1e-4
 _CLAMP = 0.25  # of a round's expected seconds: what one sample may say at most
 _STREAK = 8  # rounds of one depth after which a change is the machine's
 _SURE = 4  # samples after which a cost is taken for what it seems
-_SURPRISES = 2  # clamped samples in a row after which costs are taken to have changed
+_SURPRISES, _LASTING = 2, 6  # clamped samples in a row after which all costs, or one depth's, have changed
 _ROW_WORK = 0.1  # seconds per further token of a block, beside those of reading the weights once (mlx_small_m.md)
 _FLAT_FROM = 32  # tokens; wider blocks run kernels whose cost grows slowly
 
@@ -115,7 +115,8 @@ class Table:
 
     def seconds(self, verified: int, drafted: int) -> float:
         """Of one round, at level 1."""
-        return self.curve()[verified] + drafted * self.step
+        target = self.target[verified]
+        return (self.curve()[verified] if target is None else target) + drafted * self.step
 
     def least(self, k: int, errors: float) -> float:
         """What a round of k drafts costs at least, at level 1: `errors` standard errors below what is known.
@@ -129,9 +130,10 @@ class Table:
         """A round is over: what it didn't verify may have changed meanwhile."""
         self._streak = self._streak + 1 if verified == self._last else 0
         self._last = verified
-        self.variance = [
-            v if v >= _OLD else v + (_AGE if k == verified else _AGE_UNSEEN) for k, v in enumerate(self.variance)
-        ]
+        before = self.variance[verified]
+        self.variance = [v if v >= _OLD else v + _AGE_UNSEEN for v in self.variance]
+        if before < _OLD:
+            self.variance[verified] = before + _AGE
 
     def surprise(self, verified: int, clamped: float, residual: float) -> str:
         """Whether costs have changed: "no", "depth" (only this one's) or "all".
@@ -142,15 +144,17 @@ class Table:
         sign = (residual > clamped) - (residual < clamped)
         count = self._surprises[verified]
         self._surprises[verified] = count + sign if sign and count * sign >= 0 else sign
-        if abs(self._surprises[verified]) < _SURPRISES:
-            return "no"
-        return "all" if self._streak >= _STREAK and self.samples[verified] >= _SURE else "depth"
+        count, sure = self._surprises[verified], self.samples[verified] >= _SURE
+        if self._streak >= _STREAK and sure:
+            return "all" if abs(count) >= _SURPRISES else "no"
+        # Other work on the machine makes rounds dearer for a while, never cheaper.
+        return "depth" if count >= (_LASTING if sure else _SURPRISES) or count <= -_SURPRISES else "no"
 
     def learn(self, verified: int, drafted: int, residual: float, level: float, level_variance: float) -> float:
         """Share a round's residual (seconds) out by what is least sure; returns the level's relative correction."""
         self.samples[verified] += 1
-        first = self.curve()[verified]
         expected = self.seconds(verified, drafted)
+        first = expected - drafted * self.step
         parts = (
             first**2 * self.variance[verified],
             (drafted * self.step) ** 2 * self.step_variance,

@@ -29,7 +29,7 @@ from .probe import ProbeResult, Widths, cached_probe, known_probe
 from .profiles import Profile
 from .request import Request, SamplingParams
 from .sampling import Constraint
-from .scheduler import Scheduler
+from .scheduler import Pipelined, Scheduler
 from .speculative import MAX_DEPTH, Speculator
 from .stops import OutputReader, checked_stops
 from .text import TextCodec
@@ -300,7 +300,7 @@ class Runtime:
             prefill_budget=prefill_budget,
             kv_budget=kv_budget,
             prefix_cache=prefix_cache,
-            pipelined="all" if mx.default_device().type == mx.gpu else "plain",
+            pipelined=_pipelined(),
             constrain=self.constraint,
         )
 
@@ -318,6 +318,7 @@ class Runtime:
             cost_facts(self._loaded),
             vocab_size=self.config.vocab_size,
             max_positions=self.config.max_positions,
+            pipelined=_pipelined(),
             seconds=seconds,
             progress=progress,
         )
@@ -602,6 +603,11 @@ def _sizes(model: Target | Drafter) -> dict[str, int]:
         "parameters": model.parameters,
         "bytes": sum(a.nbytes for portion in model.arrays for a in portion),
     }
+
+
+def _pipelined() -> Pipelined:
+    """Rounds that are launched ahead on this device."""
+    return "all" if mx.default_device().type == mx.gpu else "plain"
 
 
 def _can_compile() -> bool:

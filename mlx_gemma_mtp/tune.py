@@ -16,12 +16,15 @@ import mlx.core as mx
 from .acceptance import committed
 from .cache import KVCache
 from .costs import DEEPEST, CostFacts, CostModel
+from .scheduler import Pipelined
 from .speculative import Block, Speculator
 
 BATCHES = (1, 2, 4, 8)
 CONTEXTS = (256, 3000)
 ACCEPTANCES = (0.5, 0.6, 0.7, 0.8, 0.9)
 _ROUNDS = 5  # timed, behind one that compiles
+_AHEAD = 2  # rounds timed together where they are launched ahead
+_ROOM = 200  # tokens that come in each turn at most
 _SPLIT = 4  # drafts of the rounds that tell the drafter's share
 
 Progress = Callable[[str, float], None]
@@ -60,6 +63,7 @@ def tune(
     *,
     vocab_size: int,
     max_positions: int,
+    pipelined: Pipelined = "plain",
     batches: Sequence[int] = BATCHES,
     contexts: Sequence[int] = CONTEXTS,
     seconds: float = 110.0,
@@ -67,7 +71,8 @@ def tune(
 ) -> Tuning:
     """Measure all batches in all contexts, for about `seconds` at most: short contexts and small batches first.
 
-    Raises ValueError where there is no drafter.
+    `pipelined`: rounds that the scheduler will launch ahead; they are measured so. Raises ValueError where there is no
+    drafter.
     """
     if speculator.drafter is None:
         raise ValueError("there is no drafter: plain decoding is all that there is to choose")
@@ -80,37 +85,74 @@ def tune(
         if curves and time.perf_counter() - begin > seconds:
             left_out.append((rows, context))
             continue
-        steady: list[float] = []
-        for k in range(DEEPEST + 1):
+
+        def told(share: float, rows: int = rows, context: int = context, done: int = i) -> None:
             if progress is not None:
-                what = f"{rows} row{'s' if rows > 1 else ''}, {context} tokens, {k} drafts"
-                progress(what, max((i * (DEEPEST + 1) + k) / (len(shapes) * (DEEPEST + 1)), 1e-6))
-            steady.append(_median(speculator, rows, context, k, k, vocab_size))
-        step = max(_median(speculator, rows, context, 0, _SPLIT, vocab_size) - steady[0], 0.0) / _SPLIT
+                what = f"{rows} row{'s' if rows > 1 else ''}, {context} tokens"
+                progress(what, max((done + share) / len(shapes), 1e-6))
+
+        steady, step = _measure(speculator, rows, context, vocab_size, pipelined, told)
         costs.store(rows, context, steady, step)
         curves.append(Curve(rows=rows, context=context, seconds=tuple(costs.table(rows, context).steady())))
     took = time.perf_counter() - begin
     return Tuning(costs=costs, curves=tuple(curves), left_out=tuple(left_out), seconds=took)
 
 
-def _median(speculator: Speculator, rows: int, context: int, verified: int, drafted: int, vocab_size: int) -> float:
-    """Seconds of a round that verifies and drafts so many."""
-    cache, draw, spent = _filled(speculator, rows, context), random.Random(0), []
-    for _ in range(_ROUNDS + 1):
-        tokens = [[draw.randrange(vocab_size) for _ in range(verified + 1)] for _ in range(rows)]
-        block = Block(mx.array(tokens, mx.int32), mx.full((rows,), verified, mx.int32))
-        mx.eval(block.tokens, block.offered)
-        begin = time.perf_counter()
-        speculator.run_round(cache, block, [drafted] * rows)
-        spent.append(time.perf_counter() - begin)
-    return statistics.median(spent[1:])
+def _measure(
+    speculator: Speculator,
+    rows: int,
+    context: int,
+    vocab_size: int,
+    pipelined: Pipelined,
+    told: Callable[[float], None],
+) -> tuple[list[float], float]:
+    """Seconds of rounds that verify and draft 0, 1, … tokens, and of one draft.
+
+    All kinds of rounds take turns, so that a machine that slows down does so for each.
+    """
+    shapes = [*((k, k) for k in range(DEEPEST + 1)), (0, _SPLIT), (0, 0)]
+    spent: list[list[float]] = [[] for _ in shapes]
+    draw = random.Random(0)
+    for turn in range(_ROUNDS + 1):
+        cache = _filled(speculator, rows, context)
+        for i, (verified, drafted) in enumerate(shapes):
+            told((turn * len(shapes) + i) / ((_ROUNDS + 1) * len(shapes)))
+            tokens = [[draw.randrange(vocab_size) for _ in range(verified + 1)] for _ in range(rows)]
+            block = Block(mx.array(tokens, mx.int32), mx.full((rows,), verified, mx.int32))
+            mx.eval(block.tokens, block.offered)
+            # The last shape is a plain round that waits for its tokens, as the one that tells the drafter's share does.
+            ahead = i < DEEPEST + 1 and pipelined == ("all" if verified else pipelined) and pipelined != "none"
+            spent[i].append((_ahead if ahead else _alone)(speculator, cache, block, drafted))
+    medians = [statistics.median(times[1:]) for times in spent]
+    return medians[: DEEPEST + 1], max(medians[-2] - medians[-1], 0.0) / _SPLIT
+
+
+def _alone(speculator: Speculator, cache: KVCache, block: Block, drafted: int) -> float:
+    """Seconds of a round that is over before anything else begins."""
+    begin = time.perf_counter()
+    speculator.run_round(cache, block, [drafted] * cache.rows)
+    return time.perf_counter() - begin
+
+
+def _ahead(speculator: Speculator, cache: KVCache, block: Block, drafted: int) -> float:
+    """Seconds from one round's tokens to the next one's, where each is launched before the last one's are read."""
+    depths = [drafted] * cache.rows
+    flight = speculator.launch(cache, block, depths)
+    begin = 0.0
+    for i in range(_AHEAD + 1):
+        following = speculator.launch(cache, flight.block, depths, ahead=flight.verified)
+        speculator.land(flight, cache)
+        begin, flight = begin if i else time.perf_counter(), following
+    seconds = (time.perf_counter() - begin) / _AHEAD
+    speculator.land(flight, cache)
+    return seconds
 
 
 def _filled(speculator: Speculator, rows: int, context: int) -> KVCache:
     """A cache of rows that hold `context` tokens each."""
     cache, others = KVCache(speculator.spec), []
     for _ in range(rows):
-        row = KVCache.with_row(speculator.spec, context)
+        row = KVCache.with_row(speculator.spec, context + _ROOM)
         row.advance([context])
         row.rewind([0])  # the device's lengths follow the host's
         others.append(row)

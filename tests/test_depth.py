@@ -207,7 +207,7 @@ def test_ended_requests_leave_nothing_behind() -> None:
     )
     assert policy._acceptance._own == {}
     assert policy._predictability._tail == {}
-    assert policy._acceptance.rates[0] > 0.65, "but all requests' rates know of it"
+    assert policy._acceptance.rates[0][0] > 0.65, "but all requests' rates know of it"
 
 
 def _growing(row: int, round_: int) -> Sequence[float]:

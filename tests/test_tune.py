@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -25,14 +26,16 @@ class Clock:
     """Time that passes as rounds are run: 10 ms, 1 ms per token verified, 2 ms per draft."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, run = 0.0, Speculator.run_round
+        self.now, launch = 0.0, Speculator.launch
 
-        def timed(speculator: Speculator, cache: object, block: object, depths: list[int]) -> object:
+        def timed(
+            speculator: Speculator, cache: object, block: object, depths: list[int], *rest: Any, **more: Any
+        ) -> object:
             tokens = block.tokens.size  # type: ignore[attr-defined]
             self.now += 0.010 + 0.001 * tokens + 0.002 * max(depths)
-            return run(speculator, cache, block, depths)  # type: ignore[arg-type]
+            return launch(speculator, cache, block, depths, *rest, **more)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(Speculator, "run_round", timed)
+        monkeypatch.setattr(Speculator, "launch", timed)
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
 
