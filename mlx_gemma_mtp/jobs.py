@@ -92,7 +92,7 @@ class Job:
 
 
 def masks(jobs: Sequence[Job | None], block: Block, offered: Sequence[int], vocab_size: int) -> Masks | None:
-    """What the constraints of a batch's rows (None: a free row) allow at each position of a block; None: there are none.
+    """What the constraints of a batch's rows (None: a free row) allow at each position of a block; None: there is none.
 
     Row r offers offered[r] drafts. A constraint that fails when the masks are made fails its job alone.
     """
