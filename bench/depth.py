@@ -16,29 +16,22 @@ import os
 import random
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import common
 import mlx.core as mx
+import pairs
 
 from mlx_gemma_mtp.loading import load_pair
 from mlx_gemma_mtp.runtime import Runtime
 from mlx_gemma_mtp.speculative import Choose, DrafterModel
 from mlx_gemma_mtp.views import HeldView
-from tests import tiny
 
 Arm = int | str
 LENGTH = 40
-SHAPE = tiny.Shape(
-    family="gemma4", layers="ssfssfssfssfssf", hidden=512, mlp=2048, heads=8, kv_heads=4, global_kv_heads=2,
-    head_dim=64, global_head_dim=128, k_eq_v=True, drafter_hidden=128, drafter_mlp=256, drafter_heads=4,
-)  # fmt: skip
 
 
 class Scripted:
@@ -70,16 +63,13 @@ class Scripted:
 
 def random_pair(acceptance: float, new: int) -> tuple[Runtime, list[int]]:
     """The random pair, and the prompt that its script is of."""
-    with tempfile.TemporaryDirectory() as scratch:
-        shapes = dict(tiny.SHAPES)
-        tiny.SHAPES = {**shapes, "dense": SHAPE}
-        tiny.write_pair(Path(scratch), "dense", seed=1, window=512)
-        runtime = Runtime(load_pair(scratch, dtype="float32"))
-    prompt = [random.Random(7).randrange(5, tiny.VOCAB) for _ in range(LENGTH)]
+    with pairs.random_pair(pairs.SHAPE_60M) as path:
+        runtime = Runtime(load_pair(str(path), dtype="float32"))
+    prompt = [random.Random(7).randrange(5, runtime.config.vocab_size) for _ in range(LENGTH)]
     plain = runtime.generate(prompt, max_tokens=new + 9, depth=0, ignore_eos=True).tokens
     real = runtime._speculator.drafter
     assert real is not None
-    runtime._speculator.drafter = Scripted(real, prompt + plain, acceptance, tiny.VOCAB)
+    runtime._speculator.drafter = Scripted(real, prompt + plain, acceptance, runtime.config.vocab_size)
     return runtime, prompt
 
 
