@@ -36,6 +36,15 @@ class Admission:
         """Bytes of K/V of the prompts being prefilled."""
         return sum(job.cache.nbytes for job in self.started if job.cache is not None)
 
+    def needed(self, rows: Sequence[int], more: Sequence[int] = ()) -> int:
+        """Bytes of K/V for running rows of these lengths, the prompts being prefilled, and `more`.
+
+        As long as each prompt has its own cache, and once they have joined the rows, whichever is more.
+        """
+        own = [*map(self._planned, self.started), *more]
+        apart = planned_bytes(self.spec, rows) + sum(planned_bytes(self.spec, [n]) for n in own)
+        return max(apart, planned_bytes(self.spec, [*rows, *own]))
+
     def check(self, length: int) -> None:
         """Raises ValueError if a request of `length` tokens, its output included, can never fit."""
         needed = planned_bytes(self.spec, [length])
@@ -109,10 +118,9 @@ class Admission:
         """Waiting requests that can be given a cache now, in their order."""
         if len(rows) + len(self.started) >= self._max_batch:
             return
-        lengths = [*rows, *map(self._planned, self.started)]
         for job in self.waiting:
-            planned = planned_bytes(self.spec, [*lengths, self._planned(job)])
-            if lengths and self.kv_budget is not None and planned > self.kv_budget:
+            others = len(rows) + len(self.started) > 0
+            if others and self.kv_budget is not None and self.needed(rows, [self._planned(job)]) > self.kv_budget:
                 return
             if not self._better_later(job):
                 yield job

@@ -225,7 +225,12 @@ class KVCache:
         """Bytes of K/V allocated once every open row has room for `block` more tokens."""
         if not self._short(block):
             return self.nbytes
-        return planned_bytes(self.spec, [n if a else -1 for n, a in zip(self.lengths, self.alive, strict=True)])
+        return self._planned()
+
+    def tighten(self) -> None:
+        """Give back what is allocated for rows that are over, if the rest can be laid out in less."""
+        if self._planned() < self.nbytes:
+            self._rebuild(self._sources())
 
     def has_room(self, block: int) -> bool:
         """Whether every open row has room for `block` more tokens."""
@@ -263,6 +268,10 @@ class KVCache:
     def held(self, *, position: mx.array | None = None) -> HeldView:
         """A drafter's view, outside of a compiled function."""
         return HeldView(self.spec, self.layout, self.arrays, position=position)
+
+    def _planned(self) -> int:
+        """Bytes of K/V that the rows would be given now."""
+        return planned_bytes(self.spec, [n if a else -1 for n, a in zip(self.lengths, self.alive, strict=True)])
 
     def _short(self, block: int) -> bool:
         """Whether a row outgrows its capacity with `block` more tokens."""

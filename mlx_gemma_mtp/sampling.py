@@ -462,7 +462,8 @@ def _edit_arrays(
     rows: Sequence[History | None], params: Sequence[SamplingParams], vocab_size: int
 ) -> dict[str, mx.array]:
     bias = [dict(p.logit_bias) | dict.fromkeys(p.suppress_tokens, _NEVER) for p in params]
-    held = [dict.fromkeys(r.stop_ids, 1.0) if r else {} for r in rows]
+    # A checkpoint may name ends of outputs that its vocabulary hasn't got.
+    held = [{t: 1.0 for t in r.stop_ids if 0 <= t < vocab_size} if r else {} for r in rows]
     return {
         "bias": _table(bias, vocab_size),
         "held_back": _table(held, vocab_size) > 0,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -179,9 +180,18 @@ class Scheduler:
             )
         if request.depth is not None and request.depth > MAX_DEPTH:
             raise ValueError(f"depth is {request.depth}, expected at most {MAX_DEPTH}")
-        for token in request.prompt:
-            if not 0 <= token < self._vocab_size:
-                raise ValueError(f"prompt has token id {token}, expected 0 to {self._vocab_size - 1}")
+        params, size = request.sampling, self._vocab_size
+        named: dict[str, Iterable[Any]] = {
+            "prompt": request.prompt,
+            "logit_bias": params.logit_bias,
+            "suppress_tokens": params.suppress_tokens,
+        }
+        for name, tokens in named.items():
+            for token in tokens:
+                if not isinstance(token, Integral) or not 0 <= int(token) < size:
+                    raise ValueError(f"{name} has token id {token!r}, expected 0 to {size - 1}")
+        if params.logprobs is not None and params.logprobs > size:
+            raise ValueError(f"logprobs is {params.logprobs}, expected at most {size}, the size of the vocabulary")
         self._admission.check(needed)
         constraint = self._constrain(request)
         if request.sampling.constraint is not None and constraint is None:
@@ -202,26 +212,29 @@ class Scheduler:
         if self._admission.remove(request_id) or self._paused.pop(request_id, None) is not None:
             self._depth.forget(request_id)
             return True
+        self._batch_at_risk = True
         self._pending += self._settle()
-        for row, running in enumerate(self._rows):
-            if running is not None and running.id == request_id:
-                self._close(row)
-                self._shrink()
-                unsaid = [event for event in self._pending if event.request_id == request_id]
-                running.stats.cut += sum(len(event.tokens) for event in unsaid)
-                self._pending = [event for event in self._pending if event not in unsaid]
-                return True
-        return False
+        row, running = next(((r, j) for r, j in enumerate(self._rows) if j and j.id == request_id), (0, None))
+        if running is not None:
+            self._close(row)
+            self._shrink()
+            unsaid = [event for event in self._pending if event.request_id == request_id]
+            running.stats.cut += sum(len(event.tokens) for event in unsaid)
+            self._pending = [event for event in self._pending if event not in unsaid]
+        self._batch_at_risk = False
+        return running is not None
 
     def pause(self, request_id: int) -> bool:
         """Take a request out until `resume`, as if it were preempted. False if it isn't there."""
+        self._batch_at_risk = True
         self._pending += self._settle()
-        for job in (*filter(None, self._rows), *self._admission.started, *self._admission.waiting):
-            if job.id == request_id:
-                self._withdraw(job)
-                self._paused[job.id] = job
-                return True
-        return False
+        here = (*filter(None, self._rows), *self._admission.started, *self._admission.waiting)
+        job = next((job for job in here if job.id == request_id), None)
+        if job is not None:
+            self._withdraw(job)
+            self._paused[job.id] = job
+        self._batch_at_risk = False
+        return job is not None
 
     def resume(self, request_id: int) -> None:
         """Queue a paused request again."""
@@ -237,7 +250,10 @@ class Scheduler:
         return before + events
 
     def abort(self) -> list[int]:
-        """After `step` has raised: drop the requests that it was working for, and return their ids; others go on."""
+        """After `step`, `cancel` or `pause` has raised: drop the requests that this cost their K/V; others go on.
+
+        Returns their ids.
+        """
         lost = [*self._at_risk, *(filter(None, self._rows) if self._batch_at_risk else ())]
         if self._batch_at_risk:
             self._cache, self._rows, self._block = KVCache(self._speculator.spec), [], None
@@ -259,6 +275,7 @@ class Scheduler:
 
     def _prefill(self) -> list[TokenEvent]:
         self._admission.start(self._lengths())
+        self._tighten()
         self._at_risk = list(self._admission.started)
         ready = self._admission.prefill(self._budget, until_ready=self.running == 0)
         self._at_risk = [job for job, _ in ready]
@@ -322,8 +339,10 @@ class Scheduler:
     def _round(self) -> list[TokenEvent]:
         launched, self._ahead = self._ahead, None
         if launched is None:
+            self._batch_at_risk = True
             self._make_room()
             if self._block is None:
+                self._batch_at_risk = False
                 return []
             launched = self._launch()
         if self._may_go_ahead(launched.flight):
@@ -420,13 +439,21 @@ class Scheduler:
         budget, started = self._admission.kv_budget, self._admission.started
         while budget is not None and self._block is not None:
             everyone = [*filter(None, self._rows), *started]
-            needed = self._cache.bytes_after(self._block.depth + 1) + self._admission.nbytes
-            if needed <= budget or len(everyone) == 1:
+            self._tighten()
+            # Room for any block: were it this one's length, which drafts are dropped would depend on what they are.
+            now = self._cache.bytes_after(self._admission.spec.max_block) + self._admission.nbytes
+            if max(now, self._admission.needed(self._lengths())) <= budget or len(everyone) == 1:
                 return
             newest = max(everyone, key=lambda job: job.id)
             self._preemptions += 1
             self._withdraw(newest)
             self._admission.add(newest)
+
+    def _tighten(self) -> None:
+        """Where the budget is exceeded, give back what rows that are over left allocated."""
+        if self._admission.kv_budget is not None and self.kv_bytes > self._admission.kv_budget:
+            self._batch_at_risk = True
+            self._cache.tighten()
 
     def _withdraw(self, job: Job) -> None:
         """Take a request's row, or its place in the queue: it can be queued again, and then goes on where it was."""
