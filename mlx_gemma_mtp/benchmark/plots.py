@@ -132,19 +132,25 @@ def _limits(record: Record) -> Iterator[Plot]:
                 depths = [float(c["depth"]) for c in ours]
                 for what in ("ideal", "achieved"):
                     ideal[f"batch {batch}, {what}"] = depths, [float(c[f"{what}_tokens_per_second"]) for c in ours]
-                plain = next((c["achieved_ms"]["median"] for c in ours if c["depth"] == 0), None)
-                for c in ours if plain is not None else []:
-                    if c["depth"]:
-                        rates = [
-                            committed([a] * c["depth"])[-1] * plain / c["achieved_ms"]["median"] for a in _ACCEPTANCES
-                        ]
-                        gain[f"batch {batch}, {_drafts(c['depth'])}"] = list(_ACCEPTANCES), rates
+                gain |= {f"batch {batch}, {label}": line for label, line in _gains(ours).items()}
             title = f"Limits: {where}"
             yield Plot(name=f"limits-{of}", title=title, x="drafts per round", y="tokens/s", lines=ideal)
             title = f"Speed by acceptance, from measured rounds: {where}"
             yield Plot(name=f"speed-by-acceptance-{of}", title=title, x="acceptance", y="times plain", lines=gain)
             held = _memory(pair["memory"])
             yield Plot(name=f"memory-{of}", title=f"Memory: {where}", x="tokens of context", y="MB", lines=held)
+
+
+def _gains(rows: Sequence[Mapping[str, Any]]) -> dict[str, Line]:
+    """By depth, how many times plain speed the measured rounds of one batch give at each acceptance."""
+    ms = {int(c["depth"]): float(c["achieved_ms"]["median"]) for c in rows}
+    if 0 not in ms:
+        return {}
+    return {
+        _drafts(k): (list(_ACCEPTANCES), [committed([a] * k)[-1] * ms[0] / ms[k] for a in _ACCEPTANCES])
+        for k in ms
+        if k
+    }
 
 
 def _memory(samples: Sequence[Mapping[str, Any]]) -> dict[str, Line]:

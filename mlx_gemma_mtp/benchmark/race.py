@@ -10,10 +10,10 @@ import contextlib
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 from .peers import copy_for_mlx_lm, copy_for_mlx_vlm, weights_of
@@ -103,8 +103,11 @@ def race(plan: Plan, progress: Progress | None = None) -> Outcome:
     with _Stable(plan, outcome) as stable:
         for repeat in range(plan.repeats):
             for entrant in plan.entrants if repeat % 2 == 0 else list(reversed(plan.entrants)):
-                if repeat:
-                    time.sleep(plan.pause)
+                if str(entrant) in outcome.left_out:
+                    done += len(plan.batches)
+                    continue
+                if done:
+                    sleep(plan.pause)
                 for batch in plan.batches:
                     if progress is not None:
                         what = f"repeat {repeat + 1} of {plan.repeats}: {entrant}, batch {batch}"
@@ -139,7 +142,7 @@ class _Stable:
     def run(self, entrant: Entrant, batch: int) -> list[dict[str, Any]] | None:
         """The parts of one turn; None where it can't run, with the reason noted."""
         name = str(entrant)
-        if name in self._outcome.left_out or f"{name}, batch {batch}" in self._outcome.left_out:
+        if not {name, f"{name}, batch {batch}"}.isdisjoint(self._outcome.left_out):
             return None
         try:
             worker = self._worker(entrant)
@@ -197,12 +200,12 @@ def _summary(samples: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     ]
     first = [sum(p["prefill_s"] for p in parts) / len(parts) for parts in samples]
     everything = [p for parts in samples for p in parts]
-    rounds = sum(p["rounds"] for p in everything)
+    rounds, drafted = sum(p["rounds"] for p in everything), sum(p["drafted"] for p in everything)
     return {
         "decode_tokens_per_second": Spread.of(rates).to_dict(),
         "first_token_s": Spread.of(first).to_dict(),
         "peak_bytes": max(p["peak_bytes"] for p in everything),
-        "accepted_per_round": round(sum(p["accepted"] for p in everything) / rounds, 4) if rounds else None,
+        "accepted_per_round": round(sum(p["accepted"] for p in everything) / rounds, 4) if drafted else None,
         "acceptance_by_position": _shares([p["by_position"] for p in everything if p["by_position"]]),
     }
 

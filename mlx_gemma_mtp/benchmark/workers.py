@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -28,7 +29,11 @@ class Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=env
         )
-        self.about = self._read()
+        try:
+            self.about = self._read()
+        except WorkerError:
+            self.close()
+            raise
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Send a request and wait for its answer. Raises WorkerError."""
@@ -42,10 +47,13 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        if self._process.stdin:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.terminate()
         self._process.wait()
+        self._process.stdout.close()
         self._log.close()
 
     def _read(self) -> dict[str, Any]:
