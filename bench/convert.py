@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import common
+from tables import accepted
 
 from mlx_gemma_mtp.convert import convert
-from mlx_gemma_mtp.convert.output import markdown_table
 
 LIMIT = 3_500_000_000
 RECIPES = ("8bit", "4bit", "mxfp4", "nvfp4")
@@ -156,24 +156,6 @@ def acceptance(arguments: argparse.Namespace) -> dict[str, Any]:
         }
 
 
-def table(measured: Mapping[str, Any]) -> str:
-    """Accepted drafts per round and fidelity, as Markdown; "source" is bf16. README.md holds it."""
-    drafters = list(dict.fromkeys(row["drafter"] for row in measured["acceptance"]))
-    cells = {(row["target"], row["drafter"]): row for row in measured["acceptance"]}
-
-    def shown(name: str) -> str:
-        return {"source": "bf16"}.get(name, name.replace("-g32", ", groups of 32"))
-
-    def line(target: str) -> list[str]:
-        fidelity = measured["fidelity"][target]
-        row = [f"{cells[target, d]['accepted_per_round']:.2f}" for d in drafters]
-        row += [f"{fidelity['mean_kl']:.4f}", f"{fidelity['top1_agreement']:.1%}"]
-        return [shown(target), *row, f"{fidelity['perplexity_ratio']:.3f}"]
-
-    head = ["target / drafter", *map(shown, drafters), "mean KL", "top-1", "perplexity"]
-    return "\n".join(markdown_table([head, *map(line, measured["fidelity"])]))
-
-
 def main() -> None:
     """Measure, write the record, check."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
@@ -204,7 +186,7 @@ def main() -> None:
     if arguments.kind == "cost":
         print(json.dumps(record["met"]))
     else:
-        print(table(record["measured"]), table(record["measured_built_in"]), sep="\n\n")
+        print(accepted(record["measured"]), accepted(record["measured_built_in"]), sep="\n\n")
     print(out)
     if arguments.kind == "cost" and arguments.check and not all(record["met"].values()):
         raise SystemExit(1)

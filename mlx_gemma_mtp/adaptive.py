@@ -68,6 +68,7 @@ class DepthMemory:
     trace: float = 0.03
     purse: float = 0.0
     rounds: int = 0
+    places: dict[Table, _Place] = field(default_factory=dict)
 
 
 class AdaptiveDepth:
@@ -78,7 +79,7 @@ class AdaptiveDepth:
         self._costs, self._clock = self._memory.costs, clock
         self._acceptance = AcceptanceModel(self._memory.rates)
         self._predictability = Predictability()
-        self._places: dict[Table, _Place] = {}
+        self._places = self._memory.places
         self._running: set[int] = set()
         self._trial: _Trial | None = None
         self._depth = 0

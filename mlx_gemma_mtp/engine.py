@@ -24,9 +24,9 @@ from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
-from .admission import Job
 from .generation import Generation
 from .handle import Handle, Stream, wake
+from .jobs import Job
 from .request import FinishReason, Request, TokenEvent
 from .scheduler import Scheduler
 from .stats import SpecStats
@@ -128,7 +128,7 @@ class Engine:
             raise ValueError(f"buffer is {buffer}, expected at least 1")
         if max_waiting is not None and max_waiting < 0:
             raise ValueError(f"max_waiting is {max_waiting}, expected None or a count of at least 0")
-        self._models = rt
+        self._models, self._prefixes = rt, prefix_cache > 0
         limit = None if max_waiting is None else max_batch + max_waiting
         serving = partial(
             rt.serving,
@@ -153,6 +153,8 @@ class Engine:
         EngineClosed.
         """
         request = request if request.stop_ids else replace(request, stop_ids=self._models.stop_ids)
+        if self._prefixes and self._models.text is not None and not request.checkpoints:
+            request = replace(request, checkpoints=self._models.text.checkpoints(request.prompt))
         return Handle(self._loop.submit(request, self._reader(request)), self._complete)
 
     def stats(self) -> EngineStats:
@@ -344,7 +346,9 @@ class _Loop:
                 continue
             ready.append((stream, event))
             self._begun[stream.id] = stream
+        for stream, event in ready:
             if event.finish_reason is not None:
+                stream.settle(sum(len(e.tokens) for s, e in ready if s is stream))
                 self._count_end(stream, event.finish_reason)
         self._note(always=any(event.finish_reason for _, event in ready))
         wakes: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}

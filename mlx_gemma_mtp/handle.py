@@ -151,6 +151,7 @@ class Stream:
         self._waiters: list[Waiter] = []
         self._changed, self._submitted = threading.Condition(), time.monotonic()
         self._unread, self._paused, self._first = 0, False, False
+        self._published, self._cut = 0, 0
 
     def cancel(self) -> None:
         """Ask for its end, unless it has ended."""
@@ -168,10 +169,17 @@ class Stream:
                 timing.decode_tokens += len(event.tokens)
             self.ended = event.finish_reason is not None
             self._unread += len(event.tokens)
+            self._published += len(event.tokens)
             self._events.append(event)
             self._changed.notify_all()
             waiters, self._waiters = self._waiters, []
         return waiters
+
+    def settle(self, coming: int) -> None:
+        """In the engine's thread, before the last `coming` tokens are published: those that never will be are cut."""
+        with self._changed:
+            stats = self.output.stats
+            stats.cut += stats.tokens + self._cut - self._published - coming
 
     def pause(self) -> bool:
         """In the engine's thread: whether its row should pause now. It resumes through the link."""
@@ -194,8 +202,9 @@ class Stream:
         """`take` for an event loop, which isn't blocked."""
         while True:
             with self._changed:
-                if self._ready() and ((event := self._pop()) is not None or self._over):
-                    return event
+                while self._ready():
+                    if (event := self._pop()) is not None or self._over:
+                        return event
                 loop = asyncio.get_running_loop()
                 waiter = loop.create_future()
                 self._waiters.append((loop, waiter))
@@ -218,7 +227,9 @@ class Stream:
         if self._paused and self._unread <= self._buffer // 2:
             self._paused = False
             self._link.resume(self.id)
+        cut = self.output.stats.cut
         step = self._filling.take(event)
+        self._cut += self.output.stats.cut - cut
         if step is None:
             return None
         if not self._filling.stopped:

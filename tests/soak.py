@@ -88,7 +88,7 @@ def some_request(rt: Runtime, draw: random.Random, longest: int) -> Request:
         sampling=sampling,
         stop=("the",) if draw.random() < 0.1 else (),
         ignore_eos=sampling.constraint is None and draw.random() < 0.5,
-        depth=draw.choice([None, None, 0, 5]),
+        depth=draw.choice([None, None, None, 0, 5]),
     )
 
 
@@ -218,7 +218,7 @@ def soak(count: int, *, seed: int = 0, longest: int = LONGEST, rt: Runtime | Non
     rt = load("demo") if rt is None else rt
     rt.decode([Request(prompt=[2, 3], max_tokens=2)])
     begin, start, resident = time.monotonic(), settled_memory(), resident_bytes()
-    engine = Engine(rt, max_batch=8, kv_budget=KV_BUDGET, prefix_cache=4 << 20, buffer=16)
+    engine = Engine(rt, max_batch=8, depth=3, kv_budget=KV_BUDGET, prefix_cache=4 << 20, buffer=16)
     with engine:
         run = Soak(rt, engine, seed=seed, longest=longest)
         report = run.report

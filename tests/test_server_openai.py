@@ -129,6 +129,7 @@ class TestChat:
         pieces = [p for m in told for p in m["pieces"]]
         assert "".join(p["text"] for p in pieces) == "One two three four."
         assert {p["drafted"] for p in pieces} == {True, False}
+        assert [i for m in told for i in m["ids"]] == CODEC.encode("One two three four.")[1:]
         assert told[-1]["rounds"] >= 1
         assert chunks[-1]["mtp"]["accepted"] == told[-1]["accepted"]
 

@@ -122,8 +122,11 @@ def write_pair(
     dtype: DType = "float32",
     shards: int = 1,
     extras: bool = False,
+    shape: Shape | None = None,
 ) -> tuple[Path, Path]:
     """Write a target into `out` and its drafter into `out/drafter`; return both directories.
+
+    `shape`: sizes other than those of `kind`, for benchmarks.
 
     `style` "google" writes the config keys of the official checkpoints, "hf" those of transformers 5.17.
     `extras` adds tensors of vision and audio parts (and a vision config), which a text runtime has to skip.
@@ -137,7 +140,7 @@ def write_pair(
         raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
     if shards < 1:
         raise ValueError(f"shards is {shards}, expected at least 1")
-    shape = SHAPES[kind]
+    shape = shape or SHAPES[kind]
     maker = _Maker(f"{kind}:{seed}", shape)
     target = maker.target()
     if extras:

@@ -279,7 +279,7 @@ class CompletionAnswer:
         empty: dict[str, Any] = {"usage": None} if options and options.include_usage else {}
         async for update in self._run.updates():
             c, text = update.choice, _all_text(update)
-            if not (text or update.logprobs or c.finish):
+            if not (text or update.logprobs or c.finish or (options and options.include_mtp)):
                 continue
             choice = {
                 "index": c.index,
@@ -339,7 +339,7 @@ def progress(update: Update) -> dict[str, Any]:
     pieces = [{"kind": d.kind, "text": d.text, "drafted": d.drafted} for d in update.deltas if isinstance(d, Piece)]
     stats = update.choice.stats
     counters = {"rounds": stats.rounds, "drafted": stats.drafted, "accepted": stats.accepted}
-    return {"pieces": pieces, "tokens": update.choice.tokens, **counters}
+    return {"pieces": pieces, "ids": list(update.ids), "tokens": update.choice.tokens, **counters}
 
 
 def _all_text(update: Update) -> str:

@@ -120,7 +120,7 @@ class Update:
     choice: Choice
     deltas: Sequence[Delta]
     logprobs: Sequence[TokenLogprob] = ()
-    tokens: int = 0
+    ids: Sequence[int] = ()
 
     @property
     def text(self) -> str:
@@ -231,7 +231,7 @@ class Run:
             choice.finish = "tool_calls" if called else "length" if event.finish_reason == "length" else "stop"
         choice.add(deltas)
         choice.logprobs += logprobs
-        return Update(choice=choice, deltas=deltas, logprobs=logprobs, tokens=count)
+        return Update(choice=choice, deltas=deltas, logprobs=logprobs, ids=event.tokens[:count])
 
 
 def _failure(event: TokenEvent) -> ApiError:
