@@ -62,8 +62,8 @@ def checked_hashes(hasher: Hasher, files: Sequence[Path], given: Mapping[str, st
         found, expected = hasher.result(file), given.get(file.name)
         if expected is not None and found != expected:
             raise ConvertError(
-                f"{file} is damaged: its SHA-256 is {found}, its origin (the hub, or the conversion.json that came with "
-                f"it) says {expected}"
+                f"{file} is damaged: its SHA-256 is {found}, its origin (the hub, or the conversion.json that came "
+                f"with it) says {expected}"
             )
         out[file.name] = {"bytes": file.stat().st_size, "sha256": found}
     return out
