@@ -4,58 +4,13 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import mlx.core as mx
-import numpy as np
-import numpy.typing as npt
 
-from .cache import Held, KVCache, planned_bytes
+from .cache import KVCache, planned_bytes
+from .jobs import Job
 from .prefix import MIN_REUSED, PrefixCache, as_tokens, common_prefix
-from .request import Request
-from .sampling import Constraint, History
 from .speculative import Speculator
-from .stats import SpecStats
-
-
-@dataclass(kw_only=True, eq=False)
-class Job:
-    """A request on its way: waiting, being prefilled (it has a cache of its own), or a row of the batch."""
-
-    id: int
-    request: Request
-    stats: SpecStats = field(default_factory=SpecStats)
-    output: list[int] = field(default_factory=list)
-    constraint: Constraint | None = None
-    error: str | None = None
-    cache: KVCache | None = None
-    tokens: npt.NDArray[np.int32]
-    """What its cache holds or will hold: the prompt, and behind it what was given out before it was preempted."""
-    stops: list[int] = field(default_factory=list)
-    """Lengths at which its prefill makes a stop, as others may go on from there."""
-    points: dict[int, Held] = field(default_factory=dict)
-    """Its rings at some of these lengths."""
-
-    @property
-    def history(self) -> History:
-        """What its sampler needs to know."""
-        request = self.request
-        return History(request.sampling, request.prompt, self.output, request.stop_ids, request.choice)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and of the longest output."""
-        return len(self.request.prompt) + self.request.max_tokens
-
-    @property
-    def done(self) -> int:
-        """Tokens prefilled so far."""
-        return 0 if self.cache is None else self.cache.lengths[0]
-
-    @property
-    def left(self) -> int:
-        """Tokens not prefilled yet."""
-        return len(self.tokens) - self.done
 
 
 class Admission:

@@ -115,7 +115,7 @@ class KVCache:
     """The cache of a batch: rows open, close and grow on the host, between forwards.
 
     `lengths` and `alive` mirror the device's values. `rows` is the size of the arrays in rows, free rows included;
-    a row is an index below it, stable until `compact`.
+    a row is an index below it, stable until `compact`. `shape` is (rows, capacity) of each group.
     """
 
     def __init__(self, spec: CacheSpec) -> None:
@@ -124,6 +124,7 @@ class KVCache:
         self.alive: list[bool] = []
         self._written: list[int] = []
         self.layout = Layout(groups=0, mapped=False)
+        self.shape: tuple[tuple[int, int], ...] = ()
         self.arrays: list[mx.array] = []
         self._groups: list[list[int]] = []
 
@@ -351,6 +352,7 @@ class KVCache:
 
     def _install(self, rings: list[mx.array], groups: list[list[int]], full: list[list[mx.array]]) -> None:
         self._groups = groups
+        self.shape = tuple((len(g), a[0].shape[2] if a else 0) for g, a in zip(groups, full, strict=True))
         mapped = len(groups) > 1
         self.layout = Layout(groups=len(groups), mapped=mapped)
         maps = []

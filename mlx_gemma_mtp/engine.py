@@ -24,9 +24,9 @@ from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
-from .admission import Job
 from .generation import Generation
 from .handle import Handle, Stream, wake
+from .jobs import Job
 from .request import FinishReason, Request, TokenEvent
 from .scheduler import Scheduler
 from .stats import SpecStats

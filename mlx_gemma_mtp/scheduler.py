@@ -9,15 +9,15 @@ from itertools import count
 from typing import Literal
 
 import mlx.core as mx
-import numpy as np
 
-from .admission import Admission, Job
+from .admission import Admission
 from .cache import KVCache
 from .depth import DepthPolicy, RoundShape, RowOutcome, RowState
+from .jobs import Job, masks
 from .prefix import PrefixCache, as_tokens
-from .request import ConstraintError, FinishReason, Request, TokenEvent, TokenLogprob
+from .request import Request, TokenEvent
 from .sampling import Constraint, Sampler
-from .speculative import MAX_DEPTH, Block, Flight, Masks, Round, Speculator
+from .speculative import MAX_DEPTH, Block, Flight, Round, Speculator
 from .stats import SpecStats
 
 
@@ -282,13 +282,13 @@ class Scheduler:
         states, context = [self._state(job) for job in jobs], max(len(job.tokens) for job in jobs)
         depths = [*self._depth.plan(states, width=cache.rows, context=context), *[0] * free]
         sampler = Sampler([None if j is None else j.history for j in rows], self._vocab_size, self._fresh_key())
-        masks = self._masks(rows, Block.empty(len(rows)), [0] * len(rows))
-        first = self._speculator.first(cache, hidden, depths, sampler, masks, min_chain=self._depth.min_chain)
+        allowed = masks(rows, Block.empty(len(rows)), [0] * len(rows), self._vocab_size)
+        first = self._speculator.first(cache, hidden, depths, sampler, allowed, min_chain=self._depth.min_chain)
         events = []
         for row, job in enumerate(jobs):
             job.cache = None
             job.stats.prefills += 1
-            events.append(self._event(job, first, row))
+            events.append(job.take(first, row))
             if events[-1].finish_reason is not None:
                 self._end(job, cache, row)
                 rows[row] = None
@@ -342,10 +342,11 @@ class Scheduler:
         self._block = self._speculator.fitted(self._block)
         context, traces, depths = self._context(), self._speculator.traces, self._plan(ahead=ahead)
         # Of a round that is ahead, what is offered isn't known yet; it has no row with a constraint.
-        masks = self._masks(self._rows, self._block, [min(n, self._block.depth) for n in self._offered])
+        offered = [min(n, self._block.depth) for n in self._offered]
+        allowed = masks(self._rows, self._block, offered, self._vocab_size)
         self._depth.begin()
         flight = self._speculator.launch(
-            self._cache, self._block, depths, self._sampler, masks, min_chain=self._depth.min_chain, ahead=ahead
+            self._cache, self._block, depths, self._sampler, allowed, min_chain=self._depth.min_chain, ahead=ahead
         )
         self._rounds += 1
         self._block = flight.block
@@ -379,7 +380,7 @@ class Scheduler:
                 continue
             accepted = result.counts[row] - 1
             job.stats.add_round(drafted=offered[row], accepted=accepted)
-            event = self._event(job, result, row)
+            event = job.take(result, row)
             events.append(event)
             # A stop token that was drafted counts; what lies behind it doesn't.
             counted = len(event.tokens) + (event.finish_reason == "stop") if event.finish_reason else accepted + 1
@@ -460,58 +461,6 @@ class Scheduler:
         """Mean number of tokens that the living rows hold."""
         lengths = self._lengths()
         return sum(lengths) // max(len(lengths), 1)
-
-    def _event(self, job: Job, result: Round, row: int) -> TokenEvent:
-        """What a row's new tokens mean for its request: cut at a stop token or at max_tokens."""
-        count, request = result.counts[row], job.request
-        tokens, drafted = result.tokens[row][:count], [True] * (count - 1) + [False]
-        reason: FinishReason | None = None
-        kept = min(count, request.max_tokens - (job.stats.tokens - count))
-        if not request.ignore_eos:
-            stop = next((i for i, t in enumerate(tokens[:kept]) if t in request.stop_ids), None)
-            if stop is not None:
-                kept, reason = stop, "stop"
-        if job.error is not None:
-            kept, reason = 0, "error"
-        job.stats.cut += count - kept
-        job.output += tokens[:kept]
-        if job.constraint is not None and job.error is None:
-            try:
-                job.constraint.advance(tokens[:kept])
-            except ConstraintError as error:
-                job.error, reason = str(error), "error"
-        if reason is None and job.stats.tokens >= request.max_tokens:
-            reason = "length"
-        asked = request.sampling.logprobs
-        logprobs = [] if asked is None else result.logprobs[row][:kept]
-        return TokenEvent(
-            request_id=job.id,
-            tokens=tuple(tokens[:kept]),
-            drafted=tuple(drafted[:kept]),
-            finish_reason=reason,
-            logprobs=tuple(TokenLogprob(p.token, p.logprob, p.top[:asked]) for p in logprobs),
-            error=job.error,
-        )
-
-    def _masks(self, jobs: Sequence[Job | None], block: Block, offered: Sequence[int]) -> Masks | None:
-        """What the rows' constraints allow at each position of a block; None if no row has one."""
-        if all(job is None or job.constraint is None for job in jobs):
-            return None
-        words = -(-self._vocab_size // 32)
-        drafts: list[list[int]] = block.tokens[:, 1:].tolist() if block.depth else [[]] * len(jobs)  # type: ignore[assignment]
-
-        def make() -> mx.array:
-            masks = np.full((len(jobs), block.depth + 1, words), 0xFFFFFFFF, np.uint32)
-            for row, job in enumerate(jobs):
-                if job is None or job.constraint is None or job.error is not None:
-                    continue
-                try:
-                    masks[row, : offered[row] + 1] = job.constraint.masks(drafts[row][: offered[row]])
-                except ConstraintError as error:
-                    job.error = str(error)
-            return mx.array(masks)
-
-        return make
 
     def _close(self, row: int) -> None:
         job = self._rows[row]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp import Request, SamplingParams, SpecStats, cache
+from mlx_gemma_mtp import Request, SamplingParams, SpecStats, cache, speculative
 from mlx_gemma_mtp.adaptive import parse_depth
 from mlx_gemma_mtp.cache import planned_bytes
 from mlx_gemma_mtp.depth import FixedDepth
@@ -328,3 +328,17 @@ def test_a_cancelled_row_says_nothing_more_and_its_neighbour_loses_nothing() -> 
     _drain(scheduler, got, reasons)
     assert len(got[0]) == before
     assert got[1] == expected([1] * 9, 60)
+
+
+def test_only_so_many_compiled_functions_are_kept() -> None:
+    with patch.object(speculative, "_COMPILED", 5):
+        scheduler = _scheduler(compiled=1, max_batch=4)
+        for depth in (0, 1, 2, 3):
+            for rows in (1, 2, 4):
+                numbers = [
+                    scheduler.add(Request(prompt=[1] * (n + 3), max_tokens=30, depth=depth))[0] for n in range(rows)
+                ]
+                got: dict[int, list[int]] = {}
+                _drain(scheduler, got, {})
+                assert [got[n] for n in numbers] == [expected([1] * (i + 3), 30) for i in range(rows)]
+                assert len(scheduler._speculator._functions) <= 5
