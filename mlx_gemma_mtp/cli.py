@@ -380,6 +380,52 @@ def tune(
             _note(f"drawn in {plot}")
 
 
+@app.command()
+def bench(
+    model: ModelOption = None,
+    drafter: DrafterOption = "auto",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Batches 1 and 4, few tokens and repeats, no tuning.")] = False,
+    batches: Annotated[str | None, typer.Option(metavar="1,2,4,8", help="Rows decoded together.")] = None,
+    drafts: Annotated[int, typer.Option(min=1, max=8, help="Per round, where not chosen by itself.")] = 3,
+    new_tokens: Annotated[int | None, typer.Option("--max-tokens", "-n", min=2, help="Per prompt; 128.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Turns of everyone; 4.")] = None,
+    pause: Annotated[float | None, typer.Option(min=0, help="Seconds before a turn, to cool down; 5.")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help=".json, .jsonl or a line each.")] = None,
+    peers_python: Annotated[str, typer.Option(help="The Python that has mlx-vlm; this one.")] = sys.executable,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the record and the plots go.")] = Path(
+        "bench-results"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a pair here: verify, tune, then decode beside mlx-lm and mlx-vlm. Prints a table to paste in an issue."""
+    from . import bench_cli
+
+    given: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "pause": pause}
+    try:
+        given["batches"] = None if batches is None else bench_cli.parse_batches(batches)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--batches") from error
+    preset = bench_cli.Options.quick if quick else bench_cli.Options.full
+    chosen = {name: value for name, value in given.items() if value is not None}
+    options = preset(out, drafts=drafts, peers_python=peers_python, prompts=prompts, **chosen)
+    source = _Source(model=model, drafter=drafter, revision=revision, dtype=dtype)
+
+    def tell(text: str) -> None:
+        if not as_json:
+            _note(text)
+
+    record = bench_cli.run(
+        lambda: _open(source, quiet=as_json),
+        options,
+        note=tell,
+        progress=lambda: _progress(shown=not as_json and sys.stderr.isatty()),
+    )
+    bench_cli.write(record, out, tell)
+    typer.echo(json.dumps(record) if as_json else bench_cli.markdown(record))
+
+
 app.command(name="convert", cls=ConvertCommand)(_convert)
 
 
