@@ -12,6 +12,7 @@ from ..acceptance import committed
 Record = Mapping[str, Any]
 Line = tuple[list[float], list[float]]
 _NAMES = {"mlx": "MLX's own BLAS", "openblas": "OpenBLAS"}
+_TICKS = 12  # more different values than that get the axis' own ticks
 _ACCEPTANCES = [i / 20 for i in range(21)]
 
 
@@ -44,6 +45,8 @@ def draw(plots: Sequence[Plot], folder: Path, *, prefix: str = "") -> list[Path]
         axes.set_ylim(bottom=0)
         if plot.ticks:
             axes.set_xticks(range(len(plot.ticks)), plot.ticks, rotation=20, ha="right", fontsize="small")
+        elif len(places := sorted({at for x, _ in plot.lines.values() for at in x})) <= _TICKS:
+            axes.set_xticks(places, [f"{at:g}" for at in places])
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
         folder.mkdir(parents=True, exist_ok=True)
