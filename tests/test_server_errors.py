@@ -265,6 +265,8 @@ class TestOrigins:
         assert "access-control-allow-origin" not in status(Rules(), "http://localhost:1").headers
         allowed = status(Rules(origins=["http://app.example"]), "http://app.example")
         assert allowed.headers["access-control-allow-origin"] == "http://app.example"
+        refused = status(Rules(origins=["http://app.example"], key="sesame"), "http://app.example")
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "http://app.example")
 
     def test_preflight(self) -> None:
         asked = {"origin": "http://app.example", "access-control-request-method": "POST", "host": "localhost",

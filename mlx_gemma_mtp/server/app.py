@@ -61,11 +61,12 @@ def make_app(service: Service, rules: Rules | None = None) -> ASGIApp:
     _add_openai(app, service)
     _add_anthropic(app, service)
     rules = rules or Rules()
-    inner: ASGIApp = app
-    if rules.origins:
-        inner = CORSMiddleware(app, allow_origins=rules.origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     service.metrics.follow(service.stats)
-    return Guard(inner, rules=rules, failure=_failure, answered=service.metrics.answered)
+    guard = Guard(app, rules=rules, failure=_failure, answered=service.metrics.answered)
+    if not rules.origins:
+        return guard
+    # Outermost: a page may read why it was refused only where the refusal names it, too.
+    return CORSMiddleware(guard, allow_origins=rules.origins, allow_methods=["GET", "POST"], allow_headers=["*"])
 
 
 def _lifespan(service: Service) -> Callable[[FastAPI], Any]:
