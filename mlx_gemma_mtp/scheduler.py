@@ -179,9 +179,16 @@ class Scheduler:
             )
         if request.depth is not None and request.depth > MAX_DEPTH:
             raise ValueError(f"depth is {request.depth}, expected at most {MAX_DEPTH}")
-        for token in request.prompt:
-            if not 0 <= token < self._vocab_size:
-                raise ValueError(f"prompt has token id {token}, expected 0 to {self._vocab_size - 1}")
+        sampling = request.sampling
+        named = {
+            "prompt": request.prompt,
+            "logit_bias": sampling.logit_bias,
+            "suppress_tokens": sampling.suppress_tokens,
+        }
+        for name, tokens in named.items():
+            for token in tokens:
+                if not 0 <= token < self._vocab_size:
+                    raise ValueError(f"{name} has token id {token}, expected 0 to {self._vocab_size - 1}")
         self._admission.check(needed)
         constraint = self._constrain(request)
         if request.sampling.constraint is not None and constraint is None:

@@ -265,6 +265,8 @@ def test_a_shape_in_use_is_traced_once_per_capacity_step() -> None:
         (Request(prompt=[1], max_tokens=100_000), "1 \\+ 100000 tokens, expected at most 100000"),
         (Request(prompt=[1], max_tokens=1, depth=9), "depth is 9, expected at most 8"),
         (Request(prompt=[1], max_tokens=1, sampling=SamplingParams(constraint="a")), "nothing here can honour it"),
+        (Request(prompt=[1], sampling=SamplingParams(logit_bias={10**6: 1.0})), "logit_bias has token id 1000000"),
+        (Request(prompt=[1], sampling=SamplingParams(suppress_tokens=[-1])), "suppress_tokens has token id -1"),
     ],
 )
 def test_a_request_that_cant_be_honoured_is_refused_and_changes_nothing(request_: Request, said: str) -> None:

@@ -27,7 +27,7 @@ from .guard import Guard, Rules
 from .openai_schema import ChatRequest, CompletionRequest
 from .responses_schema import ResponsesRequest
 from .service import Run, Service, usage_of
-from .sse import ClientGone, EventResponse, event, while_connected
+from .sse import ClientGone, EventResponse, event, to_json, while_connected
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _STATUSES: dict[int | str, dict[str, Any]] = {
@@ -240,7 +240,7 @@ async def _whole(
         await while_connected(request, work, cancel=run.cancel, timeout=service.settings.timeout)
     finally:
         _note_end(request, run)
-    return JSONResponse(made())
+    return Response(to_json(made()), media_type="application/json")
 
 
 def _note(request: Request, service: Service, prompt: object) -> None:
