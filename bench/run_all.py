@@ -106,6 +106,7 @@ def main() -> int:
     """Run all; 1 if any failed."""
     args = parse()
     chosen, failed = jobs(args), list[Job]()
+    args.out.mkdir(parents=True, exist_ok=True)
     if unknown := set(args.only) - {j.name for j in chosen}:
         print(f"nothing to run for --only {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
