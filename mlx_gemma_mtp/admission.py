@@ -78,6 +78,8 @@ class Admission:
         while (job := next(self._startable(rows), None)) is not None:
             self.waiting.remove(job)
             job.cache = self.prefixes.reuse(job.tokens, len(job.tokens))
+            if not job.stats.prefills:
+                job.stats.reused = job.done
             if job.cache is None:
                 job.cache = KVCache.with_row(self.spec, len(job.tokens))
             job.stops = self._stops(job)

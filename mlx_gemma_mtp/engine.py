@@ -185,7 +185,7 @@ class Engine:
 
     def _complete(self, output: Generation, request: Request) -> None:
         output.bitwise, output.differing_shapes = self._models.bitwise()
-        output.timing.peak_memory = self.stats().peak_memory
+        output.timing.peak_memory, output.timing.reused_tokens = self.stats().peak_memory, output.stats.reused
         if self._models.text is not None and not request.stop:
             output.text, output.thinking = self._models.text.split(output.tokens, request.prompt)
 

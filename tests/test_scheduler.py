@@ -262,13 +262,13 @@ def test_a_shape_in_use_is_traced_once_per_capacity_step() -> None:
     [
         (Request(prompt=[VOCAB], max_tokens=1), f"token id {VOCAB}, expected 0 to {VOCAB - 1}"),
         (Request(prompt=[-1], max_tokens=1), "token id -1"),
-        (Request(prompt=[1], sampling=SamplingParams(logit_bias={VOCAB: 1.0})), f"logit_bias has token id {VOCAB}"),
         (Request(prompt=[1], sampling=SamplingParams(logit_bias={"a": 1.0})), "logit_bias has token id 'a'"),  # type: ignore[dict-item]
-        (Request(prompt=[1], sampling=SamplingParams(suppress_tokens=(-2,))), "suppress_tokens has token id -2"),
         (Request(prompt=[1], sampling=SamplingParams(logprobs=VOCAB + 1)), f"logprobs is 12, expected at most {VOCAB}"),
         (Request(prompt=[1], max_tokens=100_000), "1 \\+ 100000 tokens, expected at most 100000"),
         (Request(prompt=[1], max_tokens=1, depth=9), "depth is 9, expected at most 8"),
         (Request(prompt=[1], max_tokens=1, sampling=SamplingParams(constraint="a")), "nothing here can honour it"),
+        (Request(prompt=[1], sampling=SamplingParams(logit_bias={10**6: 1.0})), "logit_bias has token id 1000000"),
+        (Request(prompt=[1], sampling=SamplingParams(suppress_tokens=[-1])), "suppress_tokens has token id -1"),
     ],
 )
 def test_a_request_that_cant_be_honoured_is_refused_and_changes_nothing(request_: Request, said: str) -> None:
