@@ -4,7 +4,7 @@
 
 One request at a time over eight prompts, and all eight as one ragged batch. Every arm (a library at a depth) has a
 process of its own for the whole run and is warmed up once; then the arms take turns at every prompt, forwards and
-backwards, so that noise hits all alike. Knows nothing of how a library is called: see arms.py.
+backwards, so that noise hits all alike. Knows nothing of how a library is called: see mlx_gemma_mtp/benchmark/arms.py.
 """
 
 from __future__ import annotations
@@ -154,9 +154,9 @@ def started(pair: Pair, args: argparse.Namespace, preload: Path | None, run: Run
         try:
             for arm in arms:
                 python = args.peers_python if arm.library == "mlx-vlm" else sys.executable
-                command = [python, str(Path(__file__).with_name("arms.py")), arm.library]
+                command = [python, str(common.ARMS), arm.library]
                 command += ["--target", str(copies[arm.library]), "--drafter", str(pair.drafter)]
-                command += ["--depth", str(arm.depth)]
+                command += ["--depth", str(arm.depth), "--dtype", "float32"]
                 try:
                     workers[arm] = Worker(command, preload)
                     run.about[arm.library] = workers[arm].about

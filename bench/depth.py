@@ -75,21 +75,24 @@ def random_pair(acceptance: float, new: int) -> tuple[Runtime, list[int]]:
 
 def measure(
     runtime: Runtime, prompts: list[list[int]], arms: Sequence[Arm], args: argparse.Namespace
-) -> dict[Arm, list[float]]:
-    """Decode rates of every repeat, behind one warm run of each arm (auto: three, as it also tries things out)."""
+) -> tuple[dict[Arm, list[float]], int]:
+    """Decode rates of every repeat, and auto's compilations in them, behind one warm run of each arm (auto: three, as it also tries things out)."""
     rates: dict[Arm, list[float]] = {arm: [] for arm in arms}
     for arm in [*arms, "auto", "auto"]:
         runtime.generate_batch(prompts, max_tokens=args.new, depth=arm, ignore_eos=True)
-    expected = None
+    expected, compiled = None, dict.fromkeys(arms, 0)
     for repeat in range(args.repeats):
         for arm in arms if repeat % 2 == 0 else reversed(arms):
+            before = runtime._speculator.traces
             outputs = runtime.generate_batch(prompts, max_tokens=args.new, depth=arm, ignore_eos=True)
+            compiled[arm] += runtime._speculator.traces - before
             rates[arm].append(outputs[0].timing.decode_rate)
             tokens = [o.tokens for o in outputs]
             expected = tokens if expected is None else expected
             if tokens != expected:
                 print(f"  depth {arm} gave other tokens", file=sys.stderr)
-    return rates
+    print(f"  compilations while measured: auto {compiled['auto']}, others {sum(compiled.values()) - compiled['auto']}")
+    return rates, compiled["auto"]
 
 
 def judge(rates: dict[Arm, list[float]]) -> dict[str, Any]:
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--deepest", type=int, default=6)
     parser.add_argument("--tune", action="store_true", help="measure the costs first, as `tune` does")
+    parser.add_argument("--tune-seconds", type=float, default=40.0)
     parser.add_argument("--out", type=Path, help="the record (default: none)")
     args = parser.parse_args()
     if args.pair == "random":
@@ -127,10 +131,11 @@ def main() -> None:
         everyone = common.make_prompts(common.DEMO)[1]
     arms: list[Arm] = ["auto", *range(args.deepest + 1)]
     if args.tune:
-        runtime.tune(seconds=40)
+        runtime.tune(seconds=args.tune_seconds)
     found = {}
     for batch in map(int, args.batches.split(",")):
-        found[batch] = judge(measure(runtime, everyone[:batch], arms, args))
+        rates, compiled = measure(runtime, everyone[:batch], arms, args)
+        found[batch] = {**judge(rates), "auto_compilations": compiled}
         medians = {arm: round(s["median"], 1) for arm, s in found[batch]["tokens_per_second"].items()}
         over, plain = found[batch]["auto_over_best"]["median"], found[batch]["auto_over_plain"]["median"]
         print(f"batch {batch}: {over:.3f}x of best fixed ({found[batch]['best']}), {plain:.3f}x of plain; {medians}")
@@ -146,6 +151,7 @@ def main() -> None:
             "pair": args.pair,
             "acceptance": args.acceptance if args.pair == "random" else None,
             "new_tokens": args.new,
+            "costs_measured_in_this_run": args.tune,
             "dtype": "float32",
             "batches": found,
         }

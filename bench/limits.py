@@ -48,7 +48,7 @@ BLAS = {"mlx": "MLX's own BLAS", "openblas": "OpenBLAS preloaded"}
 RATIO, STEP_MS, FORWARD_MS = 0.92, 0.25, 3.0
 """What is to be reached: achieved / ideal; host time of a drafter step and of a forward of 35 layers."""
 _LONGEST = 16  # tokens of a forward in one row; rounds' are at most 9
-_WARM = 6
+_WARM = 3
 
 
 class Decoding:
@@ -91,12 +91,13 @@ def configuration(parts: Parts, decoding: Decoding, rows: int, depth: int, conte
     """Ideal and achieved rounds of one batch at one depth, and what lies between them."""
     samples: dict[str, list[float]] = {name: [] for name in ("forward", "step", "queued", "read", "achieved")}
     for repeat in range(args.repeats + 1):
+        forward = parts.forward(rows, depth + 1, context)
         one = {
-            "forward": parts.forward(rows, depth + 1, context),
+            "forward": forward,
             "step": parts.step(rows, context) if depth else 0.0,
             "queued": parts.queued_round(rows, depth, context),
             "read": parts.read_round(rows, depth, context),
-            "achieved": decoding.sample(args.rounds),
+            "achieved": decoding.sample(max(min(args.rounds, 2 * parts.count(forward)), 4)),
         }
         if repeat:  # the first one compiles
             for name, seconds in one.items():
@@ -185,7 +186,7 @@ def _rounds(parts: Parts, cache: KVCache, depth: int) -> None:
 def host(args: Any) -> dict[str, float]:
     """Milliseconds for which Python builds a round's parts: 35 layers, so narrow that they cost nothing else."""
     with pairs.random_pair(pairs.SHAPE_35_LAYERS, window=64) as path:
-        parts = Parts(load_pair(str(path), dtype="float32"), queue=args.queue)
+        parts = Parts(load_pair(str(path), dtype="float32"), queue=args.queue, sample_s=args.sample)
         found = [parts.host(1, 4, args.context) for _ in range(args.repeats)]
     return {
         "forward_35_layers_ms": round(1000 * Spread.of([f["forward"] for f in found]).median, 4),
@@ -212,7 +213,7 @@ def measure(args: Any, console: Console) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in args.pairs:
         with opened(name, args) as (loaded, prompts):
-            parts = Parts(loaded, queue=args.queue)
+            parts = Parts(loaded, queue=args.queue, sample_s=args.sample)
             prefixes, rows = PrefixCache(parts.spec, 1 << 30), []
             for batch in args.batches:
                 for depth in args.depths:
@@ -328,8 +329,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--context", type=int, default=64, help="tokens that rows begin with (default: %(default)s)")
     add("--contexts", default="1024,4000", help="for parts and memory (default: %(default)s)")
     add("--repeats", type=int, default=5)
-    add("--rounds", type=int, default=16, help="of the scheduler in a sample (default: %(default)s)")
+    add("--rounds", type=int, default=16, help="of the scheduler in a sample, at most (default: %(default)s)")
     add("--queue", type=int, default=12, help="runs of a part in a sample (default: %(default)s)")
+    add("--sample", type=float, default=0.5, help="seconds after which a sample has fewer (default: %(default)s)")
     add("--out", type=Path, help="the record (default: bench/results/limits-<date>-<host class>.json)")
     add("--check", action="store_true", help="exit with 1 when a target is missed")
     add("--only", choices=list(BLAS), help=argparse.SUPPRESS)

@@ -27,12 +27,14 @@ State = list[mx.array]
 
 @dataclass
 class Parts:
-    """The parts of one pair's rounds. `queue`: how many times a part runs in one measurement."""
+    """The parts of one pair's rounds. A measurement is of up to `queue` runs, fewer where they take over `sample_s`."""
 
     loaded: Loaded
     queue: int = 12
+    sample_s: float = 0.5
     functions: dict[tuple[object, ...], Callable[[State], State]] = field(default_factory=dict)
     states: dict[tuple[object, ...], State] = field(default_factory=dict)
+    last: dict[tuple[object, ...], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         slots = self.loaded.config.kv_slots
@@ -102,9 +104,9 @@ class Parts:
         return {"forward": self._built(("forward", rows, block, context)), "step": max(step, 0.0)}
 
     def queued_round(self, rows: int, depth: int, context: int) -> float:
-        """Seconds of a whole round (verify, accept, draft) of which nobody reads the tokens."""
+        """Seconds of a whole round (verify, accept, draft) of which nobody reads the tokens. Behind `forward`."""
         cache, block = self.filled(rows, context), self._block(rows, depth)
-        count = min(self.queue, ROOM // (depth + 1) - 2)
+        count = self._rounds(rows, depth, context)
         for n in range(count + 2):
             if n == 2:
                 mx.eval(block.tokens, cache.arrays)
@@ -114,9 +116,9 @@ class Parts:
         return (time.perf_counter() - begin) / count
 
     def read_round(self, rows: int, depth: int, context: int) -> float:
-        """Seconds of a whole round whose tokens are read before the next one is launched."""
+        """Seconds of a whole round whose tokens are read before the next one is launched. Behind `forward`."""
         cache, block, spent = self.filled(rows, context), self._block(rows, depth), []
-        for _ in range(min(self.queue, ROOM // (depth + 1) - 2) + 2):
+        for _ in range(self._rounds(rows, depth, context) + 2):
             begin = time.perf_counter()
             block = self.speculator.run_round(cache, block, [depth] * rows).block
             spent.append(time.perf_counter() - begin)
@@ -150,20 +152,32 @@ class Parts:
             self.states[key] = [mx.zeros((rows,), mx.int32)]
         return self._timed(key)
 
+    def count(self, seconds: float) -> int:
+        """How many runs of so many seconds make a sample."""
+        return max(min(self.queue, int(self.sample_s / max(seconds, 1e-9))), 2)
+
+    def _rounds(self, rows: int, depth: int, context: int) -> int:
+        return min(self.count(self.last["forward", rows, depth + 1, context]), ROOM // (depth + 1) - 2)
+
     def _timed(self, key: tuple[object, ...]) -> float:
         """Seconds of one run of a function, of a queue of them."""
         run, state = self.functions[key], self.states.pop(key)
         mx.eval(state)
+        if key not in self.last:
+            state = run(state)
+            mx.eval(state)
+        begin = time.perf_counter()
         state = run(state)
         mx.eval(state)
+        count = self.count(time.perf_counter() - begin)
         begin = time.perf_counter()
-        for _ in range(self.queue):
+        for _ in range(count):
             state = run(state)
             mx.async_eval(state)  # type: ignore[no-untyped-call]
         mx.eval(state)
-        spent = (time.perf_counter() - begin) / self.queue
+        self.last[key] = (time.perf_counter() - begin) / count
         self.states[key] = state
-        return spent
+        return self.last[key]
 
     def _built(self, key: tuple[object, ...]) -> float:
         run, state, spent = self.functions[key], self.states[key], []

@@ -26,7 +26,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
-from arms import _Processor, about
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the peers' environment need not have this project
+
+from mlx_gemma_mtp.benchmark.arms import _Processor, about
 
 Marks = list[list[tuple[float, int]]]
 """For each request: when tokens came, in seconds since the start, and how many."""

@@ -19,12 +19,12 @@ from .depth import DepthChoice, FixedDepth, RoundShape, RowOutcome, RowState
 
 _DEPTHS = (0, 1, 2, 3, 4, 6, 8)  # few, as each is a shape to compile
 _EVERY = 4  # rounds from one choice to the next
-_GAIN = 1.02  # how much better another depth has to be, in two choices in a row,
+_GAIN = 1.015  # how much better another depth has to be, in two choices in a row,
 _GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.005  # than plain decoding, and plain decoding than it
 _MUCH, _CLEARLY = 1.03, 1.25  # better by so much, other depths may be worth trying, or it is taken at once
 _PLAIN_AGAIN = 64  # rounds of drafting after which plain decoding is measured again, times the square of the gain
-_OPTIMISM = 1.2  # standard errors
-_SHARE = 0.003  # of the time spent, for trying other depths
+_OPTIMISM = 0.9  # standard errors
+_SHARE = 0.004  # of the time spent, for trying other depths
 _FIRST_SHARE, _FIRST_ROUNDS = 0.025, 300  # and of the first rounds
 _CREDIT = 20  # rounds over which a depth that should be better pays for being tried
 _BONUS = 4.0  # plain rounds' worth of it when a text has changed

@@ -4,58 +4,13 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import mlx.core as mx
-import numpy as np
-import numpy.typing as npt
 
-from .cache import Held, KVCache, planned_bytes
+from .cache import KVCache, planned_bytes
+from .jobs import Job
 from .prefix import MIN_REUSED, PrefixCache, as_tokens, common_prefix
-from .request import Request
-from .sampling import Constraint, History
 from .speculative import Speculator
-from .stats import SpecStats
-
-
-@dataclass(kw_only=True, eq=False)
-class Job:
-    """A request on its way: waiting, being prefilled (it has a cache of its own), or a row of the batch."""
-
-    id: int
-    request: Request
-    stats: SpecStats = field(default_factory=SpecStats)
-    output: list[int] = field(default_factory=list)
-    constraint: Constraint | None = None
-    error: str | None = None
-    cache: KVCache | None = None
-    tokens: npt.NDArray[np.int32]
-    """What its cache holds or will hold: the prompt, and behind it what was given out before it was preempted."""
-    stops: list[int] = field(default_factory=list)
-    """Lengths at which its prefill makes a stop, as others may go on from there."""
-    points: dict[int, Held] = field(default_factory=dict)
-    """Its rings at some of these lengths."""
-
-    @property
-    def history(self) -> History:
-        """What its sampler needs to know."""
-        request = self.request
-        return History(request.sampling, request.prompt, self.output, request.stop_ids, request.choice)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and of the longest output."""
-        return len(self.request.prompt) + self.request.max_tokens
-
-    @property
-    def done(self) -> int:
-        """Tokens prefilled so far."""
-        return 0 if self.cache is None else self.cache.lengths[0]
-
-    @property
-    def left(self) -> int:
-        """Tokens not prefilled yet."""
-        return len(self.tokens) - self.done
 
 
 class Admission:
@@ -80,6 +35,15 @@ class Admission:
     def nbytes(self) -> int:
         """Bytes of K/V of the prompts being prefilled."""
         return sum(job.cache.nbytes for job in self.started if job.cache is not None)
+
+    def needed(self, rows: Sequence[int], more: Sequence[int] = ()) -> int:
+        """Bytes of K/V for running rows of these lengths, the prompts being prefilled, and `more`.
+
+        As long as each prompt has its own cache, and once they have joined the rows, whichever is more.
+        """
+        own = [*map(self._planned, self.started), *more]
+        apart = planned_bytes(self.spec, rows) + sum(planned_bytes(self.spec, [n]) for n in own)
+        return max(apart, planned_bytes(self.spec, [*rows, *own]))
 
     def check(self, length: int) -> None:
         """Raises ValueError if a request of `length` tokens, its output included, can never fit."""
@@ -114,6 +78,8 @@ class Admission:
         while (job := next(self._startable(rows), None)) is not None:
             self.waiting.remove(job)
             job.cache = self.prefixes.reuse(job.tokens, len(job.tokens))
+            if not job.stats.prefills:
+                job.stats.reused = job.done
             if job.cache is None:
                 job.cache = KVCache.with_row(self.spec, len(job.tokens))
             job.stops = self._stops(job)
@@ -154,10 +120,9 @@ class Admission:
         """Waiting requests that can be given a cache now, in their order."""
         if len(rows) + len(self.started) >= self._max_batch:
             return
-        lengths = [*rows, *map(self._planned, self.started)]
         for job in self.waiting:
-            planned = planned_bytes(self.spec, [*lengths, self._planned(job)])
-            if lengths and self.kv_budget is not None and planned > self.kv_budget:
+            others = len(rows) + len(self.started) > 0
+            if others and self.kv_budget is not None and self.needed(rows, [self._planned(job)]) > self.kv_budget:
                 return
             if not self._better_later(job):
                 yield job

@@ -115,7 +115,7 @@ class KVCache:
     """The cache of a batch: rows open, close and grow on the host, between forwards.
 
     `lengths` and `alive` mirror the device's values. `rows` is the size of the arrays in rows, free rows included;
-    a row is an index below it, stable until `compact`.
+    a row is an index below it, stable until `compact`. `shape` is (rows, capacity) of each group.
     """
 
     def __init__(self, spec: CacheSpec) -> None:
@@ -124,6 +124,7 @@ class KVCache:
         self.alive: list[bool] = []
         self._written: list[int] = []
         self.layout = Layout(groups=0, mapped=False)
+        self.shape: tuple[tuple[int, int], ...] = ()
         self.arrays: list[mx.array] = []
         self._groups: list[list[int]] = []
 
@@ -224,7 +225,12 @@ class KVCache:
         """Bytes of K/V allocated once every open row has room for `block` more tokens."""
         if not self._short(block):
             return self.nbytes
-        return planned_bytes(self.spec, [n if a else -1 for n, a in zip(self.lengths, self.alive, strict=True)])
+        return self._planned()
+
+    def tighten(self) -> None:
+        """Give back what is allocated for rows that are over, if the rest can be laid out in less."""
+        if self._planned() < self.nbytes:
+            self._rebuild(self._sources())
 
     def has_room(self, block: int) -> bool:
         """Whether every open row has room for `block` more tokens."""
@@ -262,6 +268,10 @@ class KVCache:
     def held(self, *, position: mx.array | None = None) -> HeldView:
         """A drafter's view, outside of a compiled function."""
         return HeldView(self.spec, self.layout, self.arrays, position=position)
+
+    def _planned(self) -> int:
+        """Bytes of K/V that the rows would be given now."""
+        return planned_bytes(self.spec, [n if a else -1 for n, a in zip(self.lengths, self.alive, strict=True)])
 
     def _short(self, block: int) -> bool:
         """Whether a row outgrows its capacity with `block` more tokens."""
@@ -351,6 +361,7 @@ class KVCache:
 
     def _install(self, rings: list[mx.array], groups: list[list[int]], full: list[list[mx.array]]) -> None:
         self._groups = groups
+        self.shape = tuple((len(g), a[0].shape[2] if a else 0) for g, a in zip(groups, full, strict=True))
         mapped = len(groups) > 1
         self.layout = Layout(groups=len(groups), mapped=mapped)
         maps = []

@@ -22,6 +22,7 @@ from .convert.cli import ConvertCommand
 from .convert.cli import convert as _convert
 
 if TYPE_CHECKING:
+    from .constraints import Spec
     from .generation import Generation, Step, Timing
     from .request import FinishReason, SamplingParams
     from .runtime import Runtime
@@ -91,6 +92,13 @@ BitwiseOption = Annotated[
     bool,
     typer.Option("--bitwise", help="Decode only in shapes probed to round like single steps; fail where none does."),
 ]
+JsonSchemaOption = Annotated[
+    Path | None, typer.Option("--json-schema", metavar="FILE", help="The answer is JSON, valid under this schema.")
+]
+RegexOption = Annotated[str | None, typer.Option("--regex", help="The whole answer matches this.")]
+GrammarOption = Annotated[
+    Path | None, typer.Option("--grammar", metavar="FILE", help="The whole answer is a sentence of this Lark grammar.")
+]
 SystemOption = Annotated[str | None, typer.Option(help="System message.")]
 ThinkingOption = Annotated[bool, typer.Option("--thinking/--no-thinking", help="Let the model think first.")]
 HighlightOption = Annotated[bool, typer.Option("--highlight", help="Colour the accepted drafts.")]
@@ -140,6 +148,9 @@ def generate(
     model_sampling: OwnSamplingOption = False,
     seed: SeedOption = None,
     stop: StopOption = None,
+    json_schema: JsonSchemaOption = None,
+    regex: RegexOption = None,
+    grammar: GrammarOption = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")] = False,
     bitwise: BitwiseOption = False,
     highlight: HighlightOption = False,
@@ -147,7 +158,10 @@ def generate(
 ) -> None:
     """Answer one prompt. The answer comes on stdout as it is made, then a summary on stderr."""
     _refuse_together({"--highlight": highlight, "--json": as_json})
-    params = _Sampling.of(model_sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    held = _constraint(json_schema, regex, grammar)
+    params = _Sampling.of(
+        model_sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, constraint=held
+    )
     limits = _Limits(
         max_tokens=max_tokens, depth=_depth(depth), ignore_eos=ignore_eos, sampling=params, stop=_stops(stop)
     )
@@ -297,6 +311,7 @@ def serve(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that answers get to finish at the end.")] = 30.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log, too.")] = False,
+    bitwise: BitwiseOption = False,
 ) -> None:
     """Serve the OpenAI and Anthropic APIs, and a page to chat on. Without --model: the demo pair."""
     from . import serve_cli
@@ -325,7 +340,9 @@ def serve(
     except ValueError as error:
         raise _UsageError(str(error)) from error
     bound = serve_cli.open_socket(options)
-    runtime = _open(_Source(model=model, drafter=drafter, revision=revision, dtype=dtype), quiet=False)
+    rows = max_batch if bitwise else 0
+    source = _Source(model=model, drafter=drafter, revision=revision, dtype=dtype, bitwise_rows=rows)
+    runtime = _open(source, quiet=False)
     with serve_cli.open_engine(runtime, options) as engine:
         service = serve_cli.make_service(runtime, engine, options)
         _note(serve_cli.greeting(runtime, options, bound.getsockname()[1]))
@@ -361,6 +378,52 @@ def tune(
         tune_cli.draw(tuning, plot)
         if not as_json:
             _note(f"drawn in {plot}")
+
+
+@app.command()
+def bench(
+    model: ModelOption = None,
+    drafter: DrafterOption = "auto",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Batches 1 and 4, few tokens and repeats, no tuning.")] = False,
+    batches: Annotated[str | None, typer.Option(metavar="1,2,4,8", help="Rows decoded together.")] = None,
+    drafts: Annotated[int, typer.Option(min=1, max=8, help="Per round, where not chosen by itself.")] = 3,
+    new_tokens: Annotated[int | None, typer.Option("--max-tokens", "-n", min=2, help="Per prompt; 128.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Turns of everyone; 4.")] = None,
+    pause: Annotated[float | None, typer.Option(min=0, help="Seconds before a turn, to cool down; 5.")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help=".json, .jsonl or a line each.")] = None,
+    peers_python: Annotated[str, typer.Option(help="The Python that has mlx-vlm; this one.")] = sys.executable,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the record and the plots go.")] = Path(
+        "bench-results"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a pair here: verify, tune, then decode beside mlx-lm and mlx-vlm. Prints a table to paste in an issue."""
+    from . import bench_cli
+
+    given: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "pause": pause}
+    try:
+        given["batches"] = None if batches is None else bench_cli.parse_batches(batches)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--batches") from error
+    preset = bench_cli.Options.quick if quick else bench_cli.Options.full
+    chosen = {name: value for name, value in given.items() if value is not None}
+    options = preset(out, drafts=drafts, peers_python=peers_python, prompts=prompts, **chosen)
+    source = _Source(model=model, drafter=drafter, revision=revision, dtype=dtype)
+
+    def tell(text: str) -> None:
+        if not as_json:
+            _note(text)
+
+    record = bench_cli.run(
+        lambda: _open(source, quiet=as_json),
+        options,
+        note=tell,
+        progress=lambda: _progress(shown=not as_json and sys.stderr.isatty()),
+    )
+    bench_cli.write(record, out, tell)
+    typer.echo(json.dumps(record) if as_json else bench_cli.markdown(record))
 
 
 app.command(name="convert", cls=ConvertCommand)(_convert)
@@ -411,6 +474,23 @@ class _Limits:
     def arguments(self, runtime: Runtime) -> dict[str, Any]:
         given = {"max_tokens": self.max_tokens, "depth": self.depth, "ignore_eos": self.ignore_eos}
         return {**given, "sampling": self.sampling.params(runtime), "stop": self.stop}
+
+
+def _constraint(json_schema: Path | None, regex: str | None, grammar: Path | None) -> Spec | None:
+    given = {"--json-schema": json_schema, "--regex": regex, "--grammar": grammar}
+    if all(value is None for value in given.values()):
+        return None
+    _refuse_together({name: value is not None for name, value in given.items()})
+    from .constraints import JsonSchema, Lark, Regex
+
+    try:
+        if json_schema is not None:
+            return JsonSchema(json_schema.read_text(encoding="utf-8"))
+        if grammar is not None:
+            return Lark(grammar.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise _UsageError(str(error)) from error
+    return None if regex is None else Regex(regex)
 
 
 def _stops(stop: Sequence[str] | None) -> tuple[str, ...]:

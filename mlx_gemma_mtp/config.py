@@ -259,7 +259,7 @@ _TOP_HARMLESS = frozenset(
     "quantization quantization_config "
     "_name_or_path is_encoder_decoder use_cache mlx_lm_version mlx_vlm_version text_model_type processor_class "
     "attn_implementation _attn_implementation _attn_implementation_autoset image_seq_length model_name unsloth_version "
-    "unsloth_fixed hidden_size vocab_size".split()
+    "unsloth_fixed hidden_size vocab_size generation_config".split()
 )
 _QUANTIZATIONS = ("quantization", "quantization_config")
 _ASSISTANT_KEYS = frozenset(

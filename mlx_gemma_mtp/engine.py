@@ -24,9 +24,9 @@ from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
-from .admission import Job
 from .generation import Generation
 from .handle import Handle, Stream, wake
+from .jobs import Job
 from .request import FinishReason, Request, TokenEvent
 from .scheduler import Scheduler
 from .stats import SpecStats
@@ -185,7 +185,7 @@ class Engine:
 
     def _complete(self, output: Generation, request: Request) -> None:
         output.bitwise, output.differing_shapes = self._models.bitwise()
-        output.timing.peak_memory = self.stats().peak_memory
+        output.timing.peak_memory, output.timing.reused_tokens = self.stats().peak_memory, output.stats.reused
         if self._models.text is not None and not request.stop:
             output.text, output.thinking = self._models.text.split(output.tokens, request.prompt)
 
@@ -294,7 +294,7 @@ class _Loop:
 
     def _cancel(self, request_id: int, reason: FinishReason = "cancelled") -> None:
         if request_id in self._streams and self._scheduler is not None:
-            self._scheduler.cancel(request_id)
+            self._try(partial(self._scheduler.cancel, request_id))
             self._end([request_id], reason)
 
     def _resume(self, request_id: int) -> None:
@@ -312,11 +312,18 @@ class _Loop:
                 self._cancel(request_id)
 
     def _step(self, scheduler: Scheduler) -> None:
-        events, error = _attempt(scheduler.step)
+        events = self._try(scheduler.step)
         self._steps += 1
-        if error is None:
-            self._deliver(events or ())
-            return
+        self._deliver(events or ())
+
+    def _try(self, work: Callable[[], T]) -> T | None:
+        """Have the scheduler do something; if that fails, end the requests that it cost their K/V."""
+        result, error = _attempt(work)
+        if error is not None and self._scheduler is not None:
+            self._fail(self._scheduler, error)
+        return result
+
+    def _fail(self, scheduler: Scheduler, error: Exception) -> None:
         self._failed += 1
         log.error("a step failed", exc_info=error)
         message = f"a step failed: {type(error).__name__}: {error}"
@@ -329,7 +336,8 @@ class _Loop:
             # Failing without an end would go on for ever.
             lost = list(self._streams)
             for request_id in lost:
-                scheduler.cancel(request_id)
+                if _attempt(partial(scheduler.cancel, request_id))[1] is not None:
+                    scheduler.abort()
         mx.clear_cache()
         self._end(lost, "error", message)
 
@@ -355,13 +363,17 @@ class _Loop:
         for stream, event in ready:
             for loop, waiter in stream.put(event):
                 wakes.setdefault(loop, []).append(waiter)
-            if stream.pause() and not self._stopping and self._scheduler is not None:
-                self._scheduler.pause(stream.id)
-                self._paused.add(stream.id)
         for loop, waiters in wakes.items():
             # A closed loop reads no more.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(wake, waiters)
+        # Last: this may end requests.
+        for stream, _ in ready:
+            if not stream.pause() or self._stopping or self._scheduler is None:
+                continue
+            # One that ends in the round that was on its way is none to resume.
+            if self._try(partial(self._scheduler.pause, stream.id)):
+                self._paused.add(stream.id)
 
     def _count_end(self, stream: Stream, reason: FinishReason) -> None:
         del self._streams[stream.id], self._begun[stream.id]

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from .request import SamplingParams
 
 _NEVER = -1e30
+_ENDLESS = 2**31 - 1
 """A logit that stands for "impossible": finite, so that no arithmetic on it makes a NaN."""
 
 
@@ -398,9 +399,9 @@ class Sampler:
         )
         seeds = [_seed_words(p, r.choice if r else 0) for p, r in zip(params, rows, strict=True)]
         values: dict[str, mx.array] = {
-            "temperature": mx.array([p.temperature for p in params], mx.float32),
-            "top_k": mx.array([p.top_k for p in params], mx.int32),
-            "top_p": mx.array([p.top_p for p in params], mx.float32),
+            "temperature": mx.array([_single(p.temperature) for p in params], mx.float32),
+            "top_k": mx.array([min(p.top_k, vocab_size) for p in params], mx.int32),
+            "top_p": mx.array([_single(p.top_p) for p in params], mx.float32),
             "min_p": mx.array([p.min_p for p in params], mx.float32),
             "seed": mx.array(seeds, mx.uint32),
             "exact": mx.array([p.contract == "exact" for p in params]),
@@ -443,6 +444,11 @@ def _candidates(sampled: Sequence[SamplingParams], vocab_size: int) -> int:
     return min(vocab_size, max(8, 1 << (largest - 1).bit_length()))
 
 
+def _single(value: float) -> float:
+    """A value that single precision doesn't round to 0 or infinity, nor what is divided by it."""
+    return min(max(value, 1e-30), 1e30) if value > 0 else value
+
+
 def _seed_words(params: SamplingParams, choice: int) -> list[int]:
     seed = params.seed or 0
     return [seed & 0xFFFFFFFF, ((seed >> 32) ^ (choice * 0x9E3779B9)) & 0xFFFFFFFF]
@@ -462,11 +468,12 @@ def _edit_arrays(
     rows: Sequence[History | None], params: Sequence[SamplingParams], vocab_size: int
 ) -> dict[str, mx.array]:
     bias = [dict(p.logit_bias) | dict.fromkeys(p.suppress_tokens, _NEVER) for p in params]
-    held = [dict.fromkeys(r.stop_ids, 1.0) if r else {} for r in rows]
+    # A checkpoint may name ends of outputs that its vocabulary hasn't got.
+    held = [{t: 1.0 for t in r.stop_ids if 0 <= t < vocab_size} if r else {} for r in rows]
     return {
         "bias": _table(bias, vocab_size),
         "held_back": _table(held, vocab_size) > 0,
-        "min_tokens": mx.array([p.min_tokens for p in params], mx.int32),
+        "min_tokens": mx.array([min(p.min_tokens, _ENDLESS) for p in params], mx.int32),
         "given": mx.array([len(r.output) if r else 0 for r in rows], mx.int32),
     }
 
@@ -480,7 +487,7 @@ def _penalty_arrays(
         for token in row.output if row else ():
             counts[-1][token] = counts[-1].get(token, 0.0) + 1.0
     return {
-        "penalties": mx.array([p.penalties for p in params], mx.float32),
+        "penalties": mx.array([(_single(p.repetition_penalty), *p.penalties[1:]) for p in params], mx.float32),
         "in_prompt": _table([dict.fromkeys(r.prompt, 1.0) if r else {} for r in rows], vocab_size) > 0,
         "counts": _table(counts, vocab_size),
     }

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 import mlx.core as mx
-import numpy as np
 
-from .admission import Admission, Job
+from .admission import Admission
 from .cache import KVCache
 from .depth import DepthPolicy, RoundShape, RowOutcome, RowState
+from .jobs import Job, masks
 from .prefix import PrefixCache, as_tokens
-from .request import ConstraintError, FinishReason, Request, TokenEvent, TokenLogprob
+from .request import Request, TokenEvent
 from .sampling import Constraint, Sampler
-from .speculative import MAX_DEPTH, Block, Flight, Masks, Round, Speculator
+from .speculative import MAX_DEPTH, Block, Flight, Round, Speculator
 from .stats import SpecStats
 
 
@@ -179,9 +180,18 @@ class Scheduler:
             )
         if request.depth is not None and request.depth > MAX_DEPTH:
             raise ValueError(f"depth is {request.depth}, expected at most {MAX_DEPTH}")
-        for token in request.prompt:
-            if not 0 <= token < self._vocab_size:
-                raise ValueError(f"prompt has token id {token}, expected 0 to {self._vocab_size - 1}")
+        params, size = request.sampling, self._vocab_size
+        named: dict[str, Iterable[Any]] = {
+            "prompt": request.prompt,
+            "logit_bias": params.logit_bias,
+            "suppress_tokens": params.suppress_tokens,
+        }
+        for name, tokens in named.items():
+            for token in tokens:
+                if not isinstance(token, Integral) or not 0 <= int(token) < size:
+                    raise ValueError(f"{name} has token id {token!r}, expected 0 to {size - 1}")
+        if params.logprobs is not None and params.logprobs > size:
+            raise ValueError(f"logprobs is {params.logprobs}, expected at most {size}, the size of the vocabulary")
         self._admission.check(needed)
         constraint = self._constrain(request)
         if request.sampling.constraint is not None and constraint is None:
@@ -202,26 +212,29 @@ class Scheduler:
         if self._admission.remove(request_id) or self._paused.pop(request_id, None) is not None:
             self._depth.forget(request_id)
             return True
+        self._batch_at_risk = True
         self._pending += self._settle()
-        for row, running in enumerate(self._rows):
-            if running is not None and running.id == request_id:
-                self._close(row)
-                self._shrink()
-                unsaid = [event for event in self._pending if event.request_id == request_id]
-                running.stats.cut += sum(len(event.tokens) for event in unsaid)
-                self._pending = [event for event in self._pending if event not in unsaid]
-                return True
-        return False
+        row, running = next(((r, j) for r, j in enumerate(self._rows) if j and j.id == request_id), (0, None))
+        if running is not None:
+            self._close(row)
+            self._shrink()
+            unsaid = [event for event in self._pending if event.request_id == request_id]
+            running.stats.cut += sum(len(event.tokens) for event in unsaid)
+            self._pending = [event for event in self._pending if event not in unsaid]
+        self._batch_at_risk = False
+        return running is not None
 
     def pause(self, request_id: int) -> bool:
         """Take a request out until `resume`, as if it were preempted. False if it isn't there."""
+        self._batch_at_risk = True
         self._pending += self._settle()
-        for job in (*filter(None, self._rows), *self._admission.started, *self._admission.waiting):
-            if job.id == request_id:
-                self._withdraw(job)
-                self._paused[job.id] = job
-                return True
-        return False
+        here = (*filter(None, self._rows), *self._admission.started, *self._admission.waiting)
+        job = next((job for job in here if job.id == request_id), None)
+        if job is not None:
+            self._withdraw(job)
+            self._paused[job.id] = job
+        self._batch_at_risk = False
+        return job is not None
 
     def resume(self, request_id: int) -> None:
         """Queue a paused request again."""
@@ -237,7 +250,10 @@ class Scheduler:
         return before + events
 
     def abort(self) -> list[int]:
-        """After `step` has raised: drop the requests that it was working for, and return their ids; others go on."""
+        """After `step`, `cancel` or `pause` has raised: drop the requests that this cost their K/V; others go on.
+
+        Returns their ids.
+        """
         lost = [*self._at_risk, *(filter(None, self._rows) if self._batch_at_risk else ())]
         if self._batch_at_risk:
             self._cache, self._rows, self._block = KVCache(self._speculator.spec), [], None
@@ -259,6 +275,7 @@ class Scheduler:
 
     def _prefill(self) -> list[TokenEvent]:
         self._admission.start(self._lengths())
+        self._tighten()
         self._at_risk = list(self._admission.started)
         ready = self._admission.prefill(self._budget, until_ready=self.running == 0)
         self._at_risk = [job for job, _ in ready]
@@ -282,13 +299,13 @@ class Scheduler:
         states, context = [self._state(job) for job in jobs], max(len(job.tokens) for job in jobs)
         depths = [*self._depth.plan(states, width=cache.rows, context=context), *[0] * free]
         sampler = Sampler([None if j is None else j.history for j in rows], self._vocab_size, self._fresh_key())
-        masks = self._masks(rows, Block.empty(len(rows)), [0] * len(rows))
-        first = self._speculator.first(cache, hidden, depths, sampler, masks, min_chain=self._depth.min_chain)
+        allowed = masks(rows, Block.empty(len(rows)), [0] * len(rows), self._vocab_size)
+        first = self._speculator.first(cache, hidden, depths, sampler, allowed, min_chain=self._depth.min_chain)
         events = []
         for row, job in enumerate(jobs):
             job.cache = None
             job.stats.prefills += 1
-            events.append(self._event(job, first, row))
+            events.append(job.take(first, row))
             if events[-1].finish_reason is not None:
                 self._end(job, cache, row)
                 rows[row] = None
@@ -322,8 +339,10 @@ class Scheduler:
     def _round(self) -> list[TokenEvent]:
         launched, self._ahead = self._ahead, None
         if launched is None:
+            self._batch_at_risk = True
             self._make_room()
             if self._block is None:
+                self._batch_at_risk = False
                 return []
             launched = self._launch()
         if self._may_go_ahead(launched.flight):
@@ -342,10 +361,11 @@ class Scheduler:
         self._block = self._speculator.fitted(self._block)
         context, traces, depths = self._context(), self._speculator.traces, self._plan(ahead=ahead)
         # Of a round that is ahead, what is offered isn't known yet; it has no row with a constraint.
-        masks = self._masks(self._rows, self._block, [min(n, self._block.depth) for n in self._offered])
+        offered = [min(n, self._block.depth) for n in self._offered]
+        allowed = masks(self._rows, self._block, offered, self._vocab_size)
         self._depth.begin()
         flight = self._speculator.launch(
-            self._cache, self._block, depths, self._sampler, masks, min_chain=self._depth.min_chain, ahead=ahead
+            self._cache, self._block, depths, self._sampler, allowed, min_chain=self._depth.min_chain, ahead=ahead
         )
         self._rounds += 1
         self._block = flight.block
@@ -379,7 +399,7 @@ class Scheduler:
                 continue
             accepted = result.counts[row] - 1
             job.stats.add_round(drafted=offered[row], accepted=accepted)
-            event = self._event(job, result, row)
+            event = job.take(result, row)
             events.append(event)
             # A stop token that was drafted counts; what lies behind it doesn't.
             counted = len(event.tokens) + (event.finish_reason == "stop") if event.finish_reason else accepted + 1
@@ -419,13 +439,21 @@ class Scheduler:
         budget, started = self._admission.kv_budget, self._admission.started
         while budget is not None and self._block is not None:
             everyone = [*filter(None, self._rows), *started]
-            needed = self._cache.bytes_after(self._block.depth + 1) + self._admission.nbytes
-            if needed <= budget or len(everyone) == 1:
+            self._tighten()
+            # Room for any block: were it this one's length, which drafts are dropped would depend on what they are.
+            now = self._cache.bytes_after(self._admission.spec.max_block) + self._admission.nbytes
+            if max(now, self._admission.needed(self._lengths())) <= budget or len(everyone) == 1:
                 return
             newest = max(everyone, key=lambda job: job.id)
             self._preemptions += 1
             self._withdraw(newest)
             self._admission.add(newest)
+
+    def _tighten(self) -> None:
+        """Where the budget is exceeded, give back what rows that are over left allocated."""
+        if self._admission.kv_budget is not None and self.kv_bytes > self._admission.kv_budget:
+            self._batch_at_risk = True
+            self._cache.tighten()
 
     def _withdraw(self, job: Job) -> None:
         """Take a request's row, or its place in the queue: it can be queued again, and then goes on where it was."""
@@ -460,58 +488,6 @@ class Scheduler:
         """Mean number of tokens that the living rows hold."""
         lengths = self._lengths()
         return sum(lengths) // max(len(lengths), 1)
-
-    def _event(self, job: Job, result: Round, row: int) -> TokenEvent:
-        """What a row's new tokens mean for its request: cut at a stop token or at max_tokens."""
-        count, request = result.counts[row], job.request
-        tokens, drafted = result.tokens[row][:count], [True] * (count - 1) + [False]
-        reason: FinishReason | None = None
-        kept = min(count, request.max_tokens - (job.stats.tokens - count))
-        if not request.ignore_eos:
-            stop = next((i for i, t in enumerate(tokens[:kept]) if t in request.stop_ids), None)
-            if stop is not None:
-                kept, reason = stop, "stop"
-        if job.error is not None:
-            kept, reason = 0, "error"
-        job.stats.cut += count - kept
-        job.output += tokens[:kept]
-        if job.constraint is not None and job.error is None:
-            try:
-                job.constraint.advance(tokens[:kept])
-            except ConstraintError as error:
-                job.error, reason = str(error), "error"
-        if reason is None and job.stats.tokens >= request.max_tokens:
-            reason = "length"
-        asked = request.sampling.logprobs
-        logprobs = [] if asked is None else result.logprobs[row][:kept]
-        return TokenEvent(
-            request_id=job.id,
-            tokens=tuple(tokens[:kept]),
-            drafted=tuple(drafted[:kept]),
-            finish_reason=reason,
-            logprobs=tuple(TokenLogprob(p.token, p.logprob, p.top[:asked]) for p in logprobs),
-            error=job.error,
-        )
-
-    def _masks(self, jobs: Sequence[Job | None], block: Block, offered: Sequence[int]) -> Masks | None:
-        """What the rows' constraints allow at each position of a block; None if no row has one."""
-        if all(job is None or job.constraint is None for job in jobs):
-            return None
-        words = -(-self._vocab_size // 32)
-        drafts: list[list[int]] = block.tokens[:, 1:].tolist() if block.depth else [[]] * len(jobs)  # type: ignore[assignment]
-
-        def make() -> mx.array:
-            masks = np.full((len(jobs), block.depth + 1, words), 0xFFFFFFFF, np.uint32)
-            for row, job in enumerate(jobs):
-                if job is None or job.constraint is None or job.error is not None:
-                    continue
-                try:
-                    masks[row, : offered[row] + 1] = job.constraint.masks(drafts[row][: offered[row]])
-                except ConstraintError as error:
-                    job.error = str(error)
-            return mx.array(masks)
-
-        return make
 
     def _close(self, row: int) -> None:
         job = self._rows[row]

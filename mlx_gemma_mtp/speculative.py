@@ -23,6 +23,9 @@ from .views import BlockView, CacheSpec, HeldView, KVView, Layout, PackedView
 T = TypeVar("T")
 Choose = Callable[[mx.array, "mx.array | None"], mx.array]
 
+_COMPILED = 96
+"""Most compiled functions kept: each holds some megabytes, more in deep models."""
+
 MAX_DEPTH = 8
 """Deepest draft: with the row's own token, a block is at most 9 tokens."""
 
@@ -180,7 +183,7 @@ class Speculator:
         self.shapes: Shapes | None = None
         self.traces = 0
         self._compiled = compiled
-        self._functions: dict[tuple[str, _Key], Callable[..., Any]] = {}
+        self._functions: dict[tuple[str, _Key, tuple[object, ...]], Callable[..., Any]] = {}
 
     def forget(self) -> None:
         """Drop what was compiled, and the weights in it. For the thread that called it: MLX keeps it by thread."""
@@ -236,7 +239,7 @@ class Speculator:
         """The token after a prefill and depths[r] drafts behind it. hidden (R, hidden): of the last token held."""
         key, limits = self._next(cache, depths, sampler, min_chain)
         states = [] if sampler is None else sampler.arrays
-        run = self._function("first", self._first, key)
+        run = self._function("first", self._first, key, cache.shape)
         return self._read(self._flight(run(hidden, limits, states, [masks()] if masks else [], cache.arrays), sampler))
 
     def draft(
@@ -287,16 +290,17 @@ class Speculator:
             raise ValueError("a round can't be launched ahead into rows that have to grow for it")
         key, limits = self._next(cache, depths, sampler, min_chain)
         law = [] if block.proposal is None else block.proposal.arrays
+        shapes = (cache.shape, block.depth, *(a.shape for a in law))
         states = [] if sampler is None else sampler.arrays
         arrays, cache.arrays = cache.arrays, []
         out: _Out
         if masks is None:
-            run = self._function("round", self._round, key)
+            run = self._function("round", self._round, key, *shapes)
             out = run(block.tokens, block.offered, limits, law, states, arrays)
         else:
-            hidden, logits, arrays = self._function("verify", self._verify, key)(block.tokens, arrays)
+            hidden, logits, arrays = self._function("verify", self._verify, key, *shapes)(block.tokens, arrays)
             mx.async_eval(logits, hidden, *arrays)  # type: ignore[no-untyped-call]
-            commit = self._function("commit", self._commit, key)
+            commit = self._function("commit", self._commit, key, *shapes)
             out = commit(block.tokens, block.offered, limits, law, states, [masks()], hidden, logits, arrays)
         del arrays
         cache.arrays = out[-1]
@@ -331,12 +335,17 @@ class Speculator:
         reported = _readable(rows, flight.reported) if flight.reported else []
         return Round(rows, counts, flight.block, offered, reported)
 
-    def _function(self, name: str, f: Callable[..., T], key: _Key) -> Callable[..., T]:
-        """`f` bound to `key`, compiled once."""
-        if (name, key) not in self._functions:
+    def _function(self, name: str, f: Callable[..., T], key: _Key, *shapes: object) -> Callable[..., T]:
+        """`f` bound to `key`, compiled once for arrays of the `shapes`; what was used last is kept."""
+        place = (name, key, shapes)
+        function = self._functions.pop(place, None)
+        if function is None:
             bound = partial(f, key)
-            self._functions[name, key] = mx.compile(bound) if self._compiled else bound
-        return self._functions[name, key]
+            function = mx.compile(bound) if self._compiled else bound
+            if len(self._functions) >= _COMPILED:
+                del self._functions[next(iter(self._functions))]
+        self._functions[place] = function
+        return function
 
     def _deepest(self, depths: Sequence[int], rows: int) -> int:
         """Drafts per row to draw where depths[r] are wanted for row r."""

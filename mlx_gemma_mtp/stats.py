@@ -14,7 +14,8 @@ class SpecStats:
 
     `tokens == prefills + accepted + rounds - cut` holds at every moment: each prefill gives one token, each
     round the accepted drafts and one token of the target's own, and `cut` are tokens behind a stop or a limit.
-    `contracts` counts the requests under each contract.
+    `contracts` counts the requests under each contract; of the prompts' tokens, `reused` were not computed, as a prefix
+    cache had them.
     """
 
     prefills: int = 0
@@ -22,6 +23,7 @@ class SpecStats:
     drafted: int = 0
     accepted: int = 0
     cut: int = 0
+    reused: int = 0
     drafted_per_position: list[int] = field(default_factory=list)
     accepted_per_position: list[int] = field(default_factory=list)
     contracts: dict[Contract, int] = field(default_factory=dict)
@@ -48,7 +50,7 @@ class SpecStats:
 
     def add(self, other: SpecStats) -> None:
         """Add another's counters to these."""
-        for name in ("prefills", "rounds", "drafted", "accepted", "cut"):
+        for name in ("prefills", "rounds", "drafted", "accepted", "cut", "reused"):
             self.__dict__[name] += other.__dict__[name]
         for mine, theirs in (
             (self.drafted_per_position, other.drafted_per_position),
@@ -95,6 +97,7 @@ class SpecStats:
             "drafted": self.drafted,
             "accepted": self.accepted,
             "cut": self.cut,
+            "reused": self.reused,
             "drafted_per_position": list(self.drafted_per_position),
             "accepted_per_position": list(self.accepted_per_position),
             "acceptance_per_position": [round(x, 4) for x in self.acceptance_per_position],

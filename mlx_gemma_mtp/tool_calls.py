@@ -59,6 +59,7 @@ class CallWriter:
         self._quote = ""  # what the open string began with
         self._is_key = False
         self._escape = ""
+        self._half = ""  # an escape that waits for the other half of its pair
         self._first = True
         self._out: list[str] = []
 
@@ -200,6 +201,7 @@ class CallWriter:
         self._quote, self._state, self._word = quote, "string", ""
 
     def _text(self, text: str) -> None:
+        self._end_half()
         self._out.append(json.dumps(text, ensure_ascii=False)[1:-1])
 
     def _in_string(self, char: str) -> None:
@@ -223,9 +225,25 @@ class CallWriter:
             self._text(self._escape)
             self._escape = ""
         elif len(self._escape) == 6:
-            # Halves of a pair may come one by one: JSON takes them as they are.
-            self._out.append(self._escape)
+            self._unicode(self._escape)
             self._escape = ""
+
+    def _unicode(self, escape: str) -> None:
+        """A complete \\uXXXX. Halves of a pair come one by one; one without the other is no text."""
+        code = int(escape[2:], 16)
+        low = 0xDC00 <= code < 0xE000
+        if self._half and low:
+            escape, self._half = self._half + escape, ""
+        self._end_half()
+        if 0xD800 <= code < 0xDC00:
+            self._half = escape
+        else:
+            self._out.append("\ufffd" if low and len(escape) == 6 else escape)
+
+    def _end_half(self) -> None:
+        if self._half:
+            self._out.append("\ufffd")
+            self._half = ""
 
     def _behind_quote(self, char: str) -> None:
         """A quote ends its string only where what follows can follow a string."""
@@ -243,6 +261,7 @@ class CallWriter:
         if self._escape:
             self._text(self._escape)
             self._escape = ""
+        self._end_half()
         self._word = ""
         self._out.append('": ' if self._is_key else '"')
         self._state = "colon" if self._is_key else "after"

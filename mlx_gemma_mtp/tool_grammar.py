@@ -145,6 +145,8 @@ class _Rules:
         if not isinstance(properties, Mapping):
             raise ValueError(f"tool {self._tool.name!r}: properties at {where} is {properties!r}, expected an object")
         required = schema.get("required", [])
+        if not isinstance(required, list):
+            raise ValueError(f"tool {self._tool.name!r}: required at {where} is {required!r}, expected a list of names")
         names = sorted(properties, key=str.lower)
         # Two chains, from the last key to the first: `bare` where none was written before, `rest` where one was.
         bare, rest = '""', '""'
@@ -164,11 +166,11 @@ class _Rules:
         return _literal(json.dumps(value))
 
     def _ref(self, ref: object, where: str) -> str:
-        if ref in self._refs:
-            return self._refs[str(ref)]
         found: object = self._tool.parameters
         if not isinstance(ref, str) or not ref.startswith("#"):
             raise ValueError(f"tool {self._tool.name!r}: $ref at {where} is {ref!r}, expected one within the schema")
+        if ref in self._refs:
+            return self._refs[ref]
         for part in ref.split("/")[1:]:
             part = part.replace("~1", "/").replace("~0", "~")
             if not isinstance(found, Mapping) or part not in found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .benchmark.plots import new_figure
 from .costs import DEEPEST
 from .tune import ACCEPTANCES, Curve, Tuning
 
@@ -46,11 +47,7 @@ def draw(tuning: Tuning, file: Path) -> None:
 
     Raises RuntimeError where matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("a plot needs matplotlib: pip install 'mlx-gemma-mtp[plot]'") from error
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = new_figure(11, 4.5)
     costs: Any
     speed: Any
     costs, speed = figure.subplots(1, 2)

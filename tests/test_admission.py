@@ -78,6 +78,45 @@ def test_rows_that_outgrow_the_budget_send_the_newest_back_and_it_goes_on_where_
     assert got == {n: expected(_prompt(20, n), 100) for n in range(3)}
 
 
+def test_a_prompt_that_will_not_fit_beside_the_rows_is_not_begun_again_and_again() -> None:
+    # 7 rows lie in arrays of 8: one more fits in as a row, but not beside them while it is prefilled.
+    scheduler = _scheduler(kv_budget=planned_bytes(SPEC, [*[20] * 7, 400]), prefill_budget=40, depth=FixedDepth(0))
+    for seed in range(7):
+        scheduler.add(Request(prompt=_prompt(10, seed), max_tokens=13))
+    while scheduler.running < 7:
+        scheduler.step()
+    scheduler.add(Request(prompt=_prompt(390), max_tokens=10))
+    got = _run(scheduler)
+    assert got[7] == expected(_prompt(390), 10)
+    assert scheduler.stats().prefilled_tokens == 7 * 10 + 390
+    assert scheduler.stats().preemptions == 0
+
+
+def test_bytes_of_rows_that_are_over_serve_those_that_wait() -> None:
+    budget = planned_bytes(SPEC, [220] * 5) + planned_bytes(SPEC, [400])
+    scheduler = _scheduler(kv_budget=budget, prefill_budget=200, chunk=200)
+    for seed in range(5):
+        scheduler.add(Request(prompt=_prompt(180, seed), max_tokens=40))
+    for _ in range(2):
+        scheduler.add(Request(prompt=_prompt(390), max_tokens=2))
+    ended = [e.request_id for e in _events(scheduler) if e.finish_reason]
+    # Arrays of 6 rows are kept for 5; what the first long one had there isn't.
+    assert ended[:2] == [5, 6]
+    assert scheduler.stats().prefilled_tokens == 5 * 180 + 2 * 390
+
+
+def test_who_is_sent_back_does_not_depend_on_what_was_drafted() -> None:
+    # Else drafts would be dropped for what they are, and the law of sampled tokens be another.
+    scheduler = _scheduler(kv_budget=planned_bytes(SPEC, [10, 10]), depth=FixedDepth(0), pipelined="none")
+    for seed in (1, 2):
+        scheduler.add(Request(prompt=_prompt(10, seed), max_tokens=40))
+    given = 0
+    while not scheduler.stats().preemptions:
+        given += sum(len(e.tokens) for e in scheduler.step() if e.request_id == 0)
+    # Rows of 32 places: at 24 tokens there is no room for the longest block any more.
+    assert 10 + given <= 24 + 2
+
+
 def test_the_next_turn_of_a_chat_computes_only_what_is_new() -> None:
     scheduler = _scheduler(prefix_cache=1 << 20)
     turn = _prompt(40)

@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mlx_gemma_mtp.cli import app
+from mlx_gemma_mtp.constraints import JsonSchema, Lark, Regex
 from mlx_gemma_mtp.request import FinishReason, SamplingParams
 from mlx_gemma_mtp.stats import SpecStats
 from mlx_gemma_mtp.text import Piece
@@ -211,6 +212,29 @@ class TestGenerate:
     def test_options_go_before_the_models_own_sampling(self, run: Run, fake: Fake) -> None:
         run("generate", "hi", "--model-sampling", "--top-p", "0.5")
         assert fake.calls[0][1]["sampling"] == SamplingParams(temperature=1.0, top_k=64, top_p=0.5)
+
+    def test_constraints_reach_the_runtime(self, run: Run, fake: Fake, tmp_path: Path) -> None:
+        schema, grammar = tmp_path / "s.json", tmp_path / "g.lark"
+        schema.write_text('{"type": "object"}')
+        grammar.write_text('start: "yes"')
+        for option, value in (("--json-schema", str(schema)), ("--regex", "a+"), ("--grammar", str(grammar))):
+            assert run("generate", "-m", "m", option, value, "hi").exit_code == 0
+        given = [options["sampling"].constraint for _, options in fake.calls]
+        assert given == [JsonSchema({"type": "object"}), Regex("a+"), Lark('start: "yes"')]
+        both = run("generate", "--regex", "a", "--grammar", str(grammar), "hi")
+        assert (both.exit_code, both.stderr) == (2, "error: --regex and --grammar can't be given together\n")
+        schema.write_text("{")
+        assert run("generate", "--json-schema", str(schema), "hi").exit_code == 2
+        assert run("generate", "--grammar", str(tmp_path / "none"), "hi").exit_code == 2
+
+    def test_bitwise_serving_is_for_all_rows(self, run: Run, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object) -> None:
+            raise RuntimeError("far enough")
+
+        monkeypatch.setattr("mlx_gemma_mtp.serve_cli.open_socket", lambda _: None)
+        monkeypatch.setattr("mlx_gemma_mtp.serve_cli.open_engine", fail)
+        assert "far enough" in run("serve", "--bitwise", "--max-batch", "3").stderr
+        assert (fake.loads[0]["bitwise"], fake.loads[0]["max_batch"]) == (True, 3)
 
     def test_bitwise_is_for_one_row(self, run: Run, fake: Fake) -> None:
         run("generate", "hi", "--bitwise")

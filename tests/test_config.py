@@ -147,6 +147,7 @@ def test_harmless_fields_may_differ_or_be_missing(kind: tiny.Kind) -> None:
         data, attention_dropout=0.1, initializer_range=1.0, use_cache=False, eos_token_id=[7], some_token_id=3
     )
     more |= {"transformers_version": "9.9", "image_token_id": 5, "vision_config": {"hidden_size": 3}}
+    more |= {"generation_config": {"top_k": 64}, "top_k": 64, "do_sample": True, "temperature": 1.0}  # mlx-vlm's own
     more |= {"id2label": {"0": "a"}, "chunk_size_feed_forward": 0, "future_flag": False, "future_list": []}
     assert TargetConfig.from_hf(more) == plain
     less = with_text(data, attention_dropout=..., initializer_range=..., use_cache=..., eos_token_id=...)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import version
@@ -451,8 +453,48 @@ def test_leftovers_of_killed_runs_are_put_right(tmp_path: Path) -> None:
     (tmp_path / f".out.replaced-{dead}").mkdir()
     (tmp_path / f".out.replaced-{dead}" / "config.json").write_text("old")
     (tmp_path / ".out.partial-notes").mkdir()
-    made = appearing(tmp_path / "out")
+    made = appearing(tmp_path / "out", force=True)
     assert made.__enter__().name.startswith(".out.partial-")
     assert (tmp_path / "out" / "config.json").read_text() == "old"
     assert made.__exit__(ValueError, ValueError("no"), None) is not True
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial-notes", "out"]
+    (tmp_path / "out").rename(tmp_path / f".out.replaced-{dead}")
+    with pytest.raises(ConvertError, match="--force"), appearing(tmp_path / "out", force=False):
+        pytest.fail("it doesn't begin")
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_all_of_the_output_is_on_the_disk(sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file and every directory was synchronized before the output took its name, and its parent after."""
+    synced, real = set(), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    out = tmp_path / "place" / "out"
+    convert(sources("text"), out, measure=False)
+    assert [p.name for p in (out.parent, out, *out.rglob("*")) if p.stat().st_ino not in synced] == []
+
+
+def test_sources_are_recorded_by_their_whole_path(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card has the last part alone."""
+    source = sources("text")
+    monkeypatch.chdir(source.parent)
+    relative = f"../{source.parent.name}/{source.name}"
+    record = convert(relative, tmp_path / "out", drafter=f"{relative}/drafter", measure=False)
+    assert Path(record["target"]["source"]).is_absolute()
+    assert Path(record["drafter"]["source"]).samefile(source / "drafter")
+    assert ".." not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_drafter_added_to_a_conversion_without_one(sources: Sources, tmp_path: Path) -> None:
+    """The target's record says nothing of it; a record's drafter is only what is called so."""
+    convert(sources("text"), tmp_path / "out", drafter=None, measure=False)
+    shutil.copytree(sources("text") / "drafter", tmp_path / "out" / "drafter")
+    convert(tmp_path / "out", tmp_path / "again", measure=False)
+    shutil.copytree(sources("text"), tmp_path / "again" / "other")
+    convert(tmp_path / "again" / "other", tmp_path / "third", measure=False)

@@ -93,6 +93,7 @@ def test_a_pair_that_accepts_too_little(source: Path, tmp_path: Path, capsys: py
         (("--measure", "--no-measure"), 2, "can't be given together"),
         (("--no-measure", "--min-acceptance", "0.5"), 1, "need the measurement"),
         (("--drafter", "none", "--min-acceptance", "0.5"), 1, "needs a drafter"),
+        (("--revision", "main"), 1, "--revision is 'main': "),
         (("--fit", "much"), 1, "expected a size like 32GB"),
         (("--measure", "/nowhere.txt"), 1, "can't be read"),
         (("--fit", "1GB", "--context", "9999k"), 1, "doesn't fit"),
@@ -111,6 +112,15 @@ def test_errors_are_one_line(
     assert complaint in shown
     assert shown.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rule_that_matches_nothing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text('[[rules]]\nmatch = "model.layers.*"\nbits = 8\n[[rules]]\nmatch = "layers.0.*"\nbits = 8\n')
+    assert call(source, "--out", tmp_path / "out", "-q", mine, "--dry-run") == 0
+    shown = capsys.readouterr().err
+    assert "recipe mine: no matrix of the target matches 'model.layers.*'" in shown
+    assert "layers.0" not in shown
 
 
 def test_prompt_files(tmp_path: Path) -> None:

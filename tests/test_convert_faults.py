@@ -44,7 +44,7 @@ def refused(source: Path, tmp_path: Path) -> Callable[..., str]:
     out.mkdir(parents=True)
     (out / "config.json").write_text('{"the": "old one"}')
 
-    def check(kind: type[Exception] = ConvertError, **options: Any) -> str:
+    def check(kind: type[BaseException] = ConvertError, **options: Any) -> str:
         with pytest.raises(kind) as caught:
             convert(source, out, quantize="4bit", measure=False, force=True, **options)
         assert snapshot(tmp_path / "place") == {"out/config.json": b'{"the": "old one"}'}
@@ -161,6 +161,7 @@ def test_a_path_in_an_index(source: Path, refused: Callable[..., str], name: Any
     ("change", "complaint"),
     [
         (lambda h: h[first(h)].update(dtype="F8_E4M3"), "has dtype 'F8_E4M3', expected one of F64"),
+        (lambda h: h[first(h)].update(dtype=["BF16"]), "has dtype ['BF16'], expected one of F64"),
         (lambda h: h[first(h)].update(dtype="F32"), "can't hold F32 of shape"),
         (lambda h: h[first(h)].update(shape=[-1, -4]), "can't hold BF16"),
         (lambda h: h[first(h)].update(data_offsets=[0, 1 << 62]), "can't hold BF16"),
@@ -184,6 +185,63 @@ def test_tensors_that_overlap(source: Path, refused: Callable[..., str]) -> None
 
     change_header(source / SHARD, overlap)
     assert "overlaps another one" in refused()
+
+
+@pytest.mark.parametrize("part", ["q_proj.weight", "vision_tower"])
+def test_doubles(tmp_path: Path, part: str) -> None:
+    source, _ = tiny.write_pair(tmp_path / "source", "moe", dtype="bfloat16", extras=True)
+    header, data = header_of(source / "model.safetensors")
+    name = next(n for n in header if part in n)
+    size = len(data)
+    entry = header[name]
+    begin, end = entry["data_offsets"]
+    wide = {"dtype": "F64", "shape": entry["shape"], "data_offsets": [size, size + 4 * (end - begin)]}
+    filler = {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+    header |= {name: wide, "model.audio_tower.filler": filler}
+    write_file(source / "model.safetensors", header, data + bytes(4 * (end - begin)))
+    with pytest.raises(ConvertError, match=rf"{name} of .*/model\.safetensors has dtype F64"):
+        convert(source, tmp_path / "out", dry_run=True)
+
+
+@pytest.mark.parametrize("part", ["scales", "biases"])
+def test_packed_weights_with_nan(source: Path, tmp_path: Path, part: str) -> None:
+    convert(source, tmp_path / "made", quantize="4bit", drafter=None, measure=False)
+    (tmp_path / "made" / "conversion.json").unlink()
+    file = tmp_path / "made" / "model.safetensors"
+    header, data = header_of(file)
+    name = next(n for n in header if n.endswith(f"q_proj.{part}"))
+    at = header[name]["data_offsets"][0]
+    write_file(file, header, data[:at] + struct.pack("<H", 0x7FC0) + data[at + 2 :])
+    for recipe in ("4bit", "bf16"):
+        with pytest.raises(ConvertError, match=r"q_proj\.weight of .*made/model\.safetensors holds NaN"):
+            convert(tmp_path / "made", tmp_path / "out", quantize=recipe, drafter=None, measure=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda header, name: header.__delitem__(f"{name}.biases"), "expected 2 such tensors for affine"),
+        (lambda header, name: header[f"{name}.scales"].update(dtype="F16"), "expected F16 and"),
+        (lambda header, name: header[f"{name}.biases"].update(shape=[1, 64]), r"has dtype BF16 and shape \(1, 64\)"),
+    ],
+)
+def test_parts_of_packed_weights_that_do_not_fit(
+    source: Path, tmp_path: Path, change: Callable[[dict[str, Any], str], None], complaint: str
+) -> None:
+    convert(source, tmp_path / "made", quantize="4bit", drafter=None, measure=False)
+    file = tmp_path / "made" / "model.safetensors"
+    header, data = header_of(file)
+    name = "language_model.model.layers.0.self_attn.q_proj"
+    filler = header[f"{name}.biases"]
+    assert filler["shape"] == [64, 1]
+    change(header, name)
+    (tmp_path / "made" / "model.safetensors.index.json").unlink()
+    if f"{name}.biases" not in header:
+        header["vision_tower.filler"] = filler
+    write_file(file, header, data)
+    with pytest.raises(ConvertError, match=complaint):
+        convert(tmp_path / "made", tmp_path / "out", quantize="8bit", drafter=None, measure=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "source"]
 
 
 def test_integers_where_weights_belong(source: Path, refused: Callable[..., str]) -> None:
@@ -262,6 +320,37 @@ def test_an_interrupt(source: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "place" / "out", quantize="4bit", measure=False, progress=interrupt)
     assert list((tmp_path / "place").iterdir()) == []
+
+
+def test_an_output_that_comes_meanwhile(source: Path, tmp_path: Path) -> None:
+    """Another run's, say: it isn't replaced without force."""
+    out = tmp_path / "place" / "out"
+
+    def make(_: object) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "config.json").write_text("theirs")
+
+    with pytest.raises(ConvertError, match="--force"):
+        convert(source, out, quantize="4bit", measure=False, progress=make)
+    assert snapshot(tmp_path / "place") == {"out/config.json": b"theirs"}
+    assert [p.name for p in (tmp_path / "place").iterdir()] == ["out"]
+
+
+def test_an_interrupt_between_two_renames(
+    source: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = Path.rename, 0
+
+    def rename(self: Path, to: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return real(self, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    refused(KeyboardInterrupt)
+    assert calls == 3
 
 
 def test_kill_minus_nine(source: Path, tmp_path: Path) -> None:

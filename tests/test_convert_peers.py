@@ -106,6 +106,19 @@ def test_mlx_lm_loads_a_converted_pair(tmp_path: Path, recipe: str) -> None:
     assert difference(ours.logits(ids), model(mx.array([ids]))[0]) < (TOLERANCE if recipe == "bf16" else ROUNDED)
 
 
+def test_what_mlx_vlm_converted_is_read(vlm: str, tmp_path: Path) -> None:
+    """Its config also holds the generation config; it copies our record, which says nothing of its files."""
+    convert("demo", tmp_path / "bf16", drafter=None, measure=False)
+    (tmp_path / "bf16" / "conversion.json").unlink()
+    options = ["--hf-path", tmp_path / "bf16", "--mlx-path", tmp_path / "theirs", "-q", "--q-group-size", "32"]
+    subprocess.run([vlm, "-m", "mlx_vlm", "convert", *map(str, options)], check=True, capture_output=True)
+    (tmp_path / "same.toml").write_text("default = { bits = 4, group_size = 32 }")
+    convert(tmp_path / "theirs", tmp_path / "ours", quantize=str(tmp_path / "same.toml"), drafter=None, measure=False)
+    found = [load(str(tmp_path / n), drafter=None, dtype="float32").logits(PROMPT) for n in ("theirs", "ours")]
+    assert difference(*found) < TOLERANCE
+    assert difference(found[0], load("demo", drafter=None, dtype="float32").logits(PROMPT)) > ROUNDED
+
+
 class View:
     """Random K/V of each kind of layer, all of it seen, and queries at one position."""
 

@@ -31,9 +31,11 @@ from mlx_gemma_mtp import (
     load,
 )
 from mlx_gemma_mtp.adaptive import parse_depth
+from mlx_gemma_mtp.cache import KVCache
 from mlx_gemma_mtp.depth import FixedDepth
 from mlx_gemma_mtp.request import ConstraintError
 from mlx_gemma_mtp.scheduler import Scheduler
+from mlx_gemma_mtp.speculative import Flight, Round, Speculator
 
 from .fakes import VOCAB, expected, fake_speculator
 
@@ -328,6 +330,35 @@ def test_a_paused_request_can_be_cancelled(models: Models) -> None:
         assert engine.stats().paused == 0
 
 
+def test_a_row_that_ends_while_it_is_being_paused_just_ends(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its last token is in the round that is on its way when its buffer is full.
+    prompt = next(p for p in map(prompt_of, range(200)) if expected(p, 6)[5] not in expected(p, 5))
+    wanted = expected(prompt, 6)
+    reached, read = threading.Event(), threading.Event()
+    pause = Scheduler.pause
+
+    def slowly(self: Scheduler, request_id: int) -> bool:
+        done = pause(self, request_id)
+        reached.set()
+        assert read.wait(WAIT)
+        return done
+
+    monkeypatch.setattr(GatedScheduler, "pause", slowly)
+    with Engine(models, depth=0, buffer=4) as engine:
+        request = Request(prompt=prompt, max_tokens=100, stop_ids=frozenset(wanted[5:]))
+        handle = engine.submit(request)
+        handle._stream.streamed = True
+        assert reached.wait(WAIT)
+        events = iter(handle)
+        got = [next(events) for _ in range(4)]
+        read.set()
+        got += events
+        assert tokens_of(got) == wanted[:5]
+        assert got[-1].finish_reason == "stop"
+        assert engine.stats().paused == 0
+        assert engine.submit(ask(5)).result(WAIT).finish_reason == "length"
+
+
 def test_an_output_that_nobody_iterates_over_is_computed_to_its_end(models: Models) -> None:
     with Engine(models, buffer=5) as engine:
         handle = engine.submit(ask(1, 400))
@@ -423,6 +454,40 @@ def _failing(failure: Exception) -> Callable[[Scheduler], list[TokenEvent]]:
         raise failure
 
     return fail
+
+
+@pytest.mark.parametrize("doing", ["pause", "cancel"])
+def test_the_round_on_its_way_may_fail_when_a_row_is_paused_or_cancelled(
+    models: Models, monkeypatch: pytest.MonkeyPatch, doing: str
+) -> None:
+    does = {"pause": Scheduler.pause, "cancel": Scheduler.cancel}[doing]
+
+    def lose(self: Speculator, flight: Flight, cache: KVCache) -> Round:
+        raise RuntimeError("lost the device")
+
+    def failing(self: Scheduler, request_id: int) -> bool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Speculator, "land", lose)
+            return does(self, request_id)
+
+    monkeypatch.setattr(GatedScheduler, doing, failing)
+    models.gate.close()
+    with Engine(models, max_batch=2, depth=0, buffer=5) as engine:
+        rows = [engine.submit(ask(seed, 500)) for seed in (1, 2)]
+        waiting = engine.submit(ask(3, 30))
+        models.gate.allow(4)
+        until(lambda: models.gate.steps == 4)
+        if doing == "pause":
+            rows[0]._stream.streamed = True
+        else:
+            rows[0].cancel()
+        models.gate.open()
+        until(lambda: engine.stats().failed_steps == 1)
+        for handle in rows:
+            with pytest.raises(RequestFailed, match="lost the device"):
+                handle.result(WAIT)
+        assert waiting.result(WAIT).tokens == expected(prompt_of(3), 30)
+        assert engine.stats().kv_bytes == 0
 
 
 def test_failing_without_an_end_ends_everything_that_is_there(models: Models) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp import Request, SamplingParams, SpecStats, cache
+from mlx_gemma_mtp import Request, SamplingParams, SpecStats, cache, speculative
 from mlx_gemma_mtp.adaptive import parse_depth
 from mlx_gemma_mtp.cache import planned_bytes
 from mlx_gemma_mtp.depth import FixedDepth
@@ -262,9 +262,13 @@ def test_a_shape_in_use_is_traced_once_per_capacity_step() -> None:
     [
         (Request(prompt=[VOCAB], max_tokens=1), f"token id {VOCAB}, expected 0 to {VOCAB - 1}"),
         (Request(prompt=[-1], max_tokens=1), "token id -1"),
+        (Request(prompt=[1], sampling=SamplingParams(logit_bias={"a": 1.0})), "logit_bias has token id 'a'"),  # type: ignore[dict-item]
+        (Request(prompt=[1], sampling=SamplingParams(logprobs=VOCAB + 1)), f"logprobs is 12, expected at most {VOCAB}"),
         (Request(prompt=[1], max_tokens=100_000), "1 \\+ 100000 tokens, expected at most 100000"),
         (Request(prompt=[1], max_tokens=1, depth=9), "depth is 9, expected at most 8"),
         (Request(prompt=[1], max_tokens=1, sampling=SamplingParams(constraint="a")), "nothing here can honour it"),
+        (Request(prompt=[1], sampling=SamplingParams(logit_bias={10**6: 1.0})), "logit_bias has token id 1000000"),
+        (Request(prompt=[1], sampling=SamplingParams(suppress_tokens=[-1])), "suppress_tokens has token id -1"),
     ],
 )
 def test_a_request_that_cant_be_honoured_is_refused_and_changes_nothing(request_: Request, said: str) -> None:
@@ -275,6 +279,17 @@ def test_a_request_that_cant_be_honoured_is_refused_and_changes_nothing(request_
     number, _ = scheduler.add(Request(prompt=[1], max_tokens=5))
     _drain(scheduler, got, reasons)
     assert got[number] == expected([1], 5)
+
+
+def test_stop_ids_beyond_the_vocabulary_hold_no_token_back() -> None:
+    # Row 0's token VOCAB + t would be row 1's token t in a table of both.
+    prompts = [[1, 2], [3, 4, 5]]
+    scheduler, got, reasons = _fresh()
+    unheard_of = frozenset(VOCAB + t for t in expected(prompts[1], 8))
+    scheduler.add(Request(prompt=prompts[0], max_tokens=8, sampling=SamplingParams(min_tokens=8), stop_ids=unheard_of))
+    scheduler.add(Request(prompt=prompts[1], max_tokens=8, sampling=SamplingParams(min_tokens=8)))
+    _drain(scheduler, got, reasons)
+    assert got == {n: expected(prompt, 8) for n, prompt in enumerate(prompts)}
 
 
 @pytest.mark.parametrize("value", [-1, 9, 2.0, "3", "fast", None, True])
@@ -328,3 +343,17 @@ def test_a_cancelled_row_says_nothing_more_and_its_neighbour_loses_nothing() -> 
     _drain(scheduler, got, reasons)
     assert len(got[0]) == before
     assert got[1] == expected([1] * 9, 60)
+
+
+def test_only_so_many_compiled_functions_are_kept() -> None:
+    with patch.object(speculative, "_COMPILED", 5):
+        scheduler = _scheduler(compiled=1, max_batch=4)
+        for depth in (0, 1, 2, 3):
+            for rows in (1, 2, 4):
+                numbers = [
+                    scheduler.add(Request(prompt=[1] * (n + 3), max_tokens=30, depth=depth))[0] for n in range(rows)
+                ]
+                got: dict[int, list[int]] = {}
+                _drain(scheduler, got, {})
+                assert [got[n] for n in numbers] == [expected([1] * (i + 3), 30) for i in range(rows)]
+                assert len(scheduler._speculator._functions) <= 5

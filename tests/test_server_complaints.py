@@ -6,7 +6,6 @@ Complaints about the format of calls alone are in test_tool_calls.py. These run 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 from mlx_gemma_mtp.request import Request
 
 from .fake_engine import events_of
-from .serving import CODEC, Fake, Live, chat_body, demo_server, events
+from .serving import CODEC, Fake, Live, chat_body, events
 
 STORY = [{"role": "user", "content": "Tell me a story about a squirrel."}]
 SCHEMA = {
@@ -32,12 +31,6 @@ TOOLS = [{"type": "function", "function": {"name": "get_time", "description": "G
 FUNCTION = {"name": "get_time", "arguments": '{"city": "Rome", "zone": null}'}
 CALLED = {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function", "function": FUNCTION}]}
 RESULT = {"role": "tool", "tool_call_id": "a", "content": "ten"}
-
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    with demo_server() as server:
-        yield server
 
 
 def ask(live: Live, **more: Any) -> dict[str, Any]:

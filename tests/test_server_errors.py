@@ -265,6 +265,8 @@ class TestOrigins:
         assert "access-control-allow-origin" not in status(Rules(), "http://localhost:1").headers
         allowed = status(Rules(origins=["http://app.example"]), "http://app.example")
         assert allowed.headers["access-control-allow-origin"] == "http://app.example"
+        refused = status(Rules(origins=["http://app.example"], key="sesame"), "http://app.example")
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "http://app.example")
 
     def test_preflight(self) -> None:
         asked = {"origin": "http://app.example", "access-control-request-method": "POST", "host": "localhost",
@@ -381,3 +383,90 @@ def test_the_schemas_import_without_mlx() -> None:
     code = f"import sys, {names}; print([m for m in sys.modules if m.partition('.')[0] in ('mlx', 'numpy')])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "status"),
+    [
+        ("/v1/responses", b'{"model": "demo", "input": "x", "metadata": {"a": "\\ud800"}}', 200),
+        ("/v1/responses", b'{"model": "demo", "input": "x", "metadata": {"a": "\\ud800"}, "stream": true}', 200),
+        ("/v1/responses", b'{"model": "demo", "input": "x", "metadata": {"a": NaN}}', 400),
+        ("/v1/responses", b'{"model": "demo", "input": "x", "include": ["message.output_text.logprobs"]}', 400),
+        ("/v1/messages", b'{"model": "demo", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}], '
+         b'"thinking": {"type": "adaptive", "display": "omitted"}}', 400),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_given_back_is_refused(path: str, content: bytes, status: int) -> None:
+    got = Fake().ask(path, content=content, headers={"content-type": "application/json"})
+    assert got.status_code == status
+    if status == 200:
+        assert b'"metadata":{"a":"\\ud800"}' in got.content
+
+
+@pytest.mark.parametrize(
+    ("parameters", "statuses"),
+    [
+        ({"anyOf": [{"properties": {"a": [1]}}]}, (400, 400)),
+        ({"properties": {"x": {"anyOf": [{"properties": {"a": {}}, "required": 5}]}}}, (400, 400)),
+        ({"properties": {"x": {"oneOf": [{"properties": {"a": {}}, "required": 5}]}}}, (200, 422)),
+        ({"properties": {"x": {"$ref": []}}}, (200, 422)),
+    ],
+)
+def test_schemas_of_tools_that_are_none(parameters: dict[str, Any], statuses: tuple[int, int]) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    got = [Fake().chat(tools=tools, tool_choice=choice) for choice in ("auto", "required")]
+    assert tuple(g.status_code for g in got) == statuses
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ('"\\ud83d"', "\ufffd"),
+        ('"\\udc00\\ud83da\\ud83d\\ude00"', "\ufffd\ufffda😀"),
+        ("1e999", sys.float_info.max),
+        ("[" * 5000, None),
+    ],
+)
+def test_calls_that_json_can_not_hold(written: str, read: object) -> None:
+    tools = [{"name": "f", "input_schema": {"type": "object"}}]
+    got = Fake(f"<|tool_call>call:f{{a:{written}}}<tool_call|>").message(tools=tools)
+    assert got.status_code == 200
+    assert got.json()["content"][-1]["input"] == ({} if read is None else {"a": read})
+
+
+def test_a_header_that_is_no_origin_is_refused() -> None:
+    got = Fake().ask("/v1/models", method="GET", headers={"origin": "http://["})
+    assert got.status_code == 403
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_error_of_ones_own_is_told(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several outputs, each is read in a task of its own."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    fake = Fake(timeout=5)
+    monkeypatch.setattr("mlx_gemma_mtp.server.service.ToolStream.push", broken)
+    assert fake.chat(n=n).status_code == 500
+
+
+def test_outputs_that_fail_are_counted() -> None:
+    fake = Fake(lambda _: events_of(CODEC, "One two", finish="error"))
+    fake.chat()
+    assert 'mlx_gemma_mtp_outputs_total{reason="error"} 1.0' in fake.ask("/metrics", method="GET").text
+
+
+def test_depths_are_a_histogram() -> None:
+    fake = Fake("One two three four five six.")
+    fake.chat()
+    stats = fake.engine.streams[0].stats
+    assert stats.drafted_per_position == [stats.rounds] * 3
+    lines = fake.ask("/metrics", method="GET").text.splitlines()
+    for line in (
+        'mlx_gemma_mtp_depth_bucket{le="2"} 0.0',
+        f'mlx_gemma_mtp_depth_bucket{{le="3"}} {stats.rounds}.0',
+        f"mlx_gemma_mtp_depth_count {stats.rounds}.0",
+        f"mlx_gemma_mtp_depth_sum {stats.drafted}.0",
+    ):
+        assert line in lines

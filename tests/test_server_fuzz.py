@@ -16,7 +16,7 @@ schema = schemathesis.openapi.from_dict(OPENAPI)
 
 
 @schema.parametrize()
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 def test_no_request_makes_the_server_fail(case: Any) -> None:
     kwargs = case.as_transport_kwargs(base_url="http://test")
     body = kwargs.get("json")

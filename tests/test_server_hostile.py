@@ -22,7 +22,7 @@ STORY = [{"role": "user", "content": "Tell me a story about a squirrel."}]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Live]:
-    with demo_server(timeout=8) as live:
+    with demo_server(timeout=5) as live:
         yield live
 
 

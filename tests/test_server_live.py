@@ -38,12 +38,6 @@ WEATHER: Any = {"role": "user", "content": "How is the weather in Paris?"}
 
 
 @pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    with demo_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def gpt(live: Live) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
         yield client
@@ -321,3 +315,43 @@ def test_what_can_not_be_served_is_said_at_once() -> None:
     assert "give an --api-key, or --insecure" in run("--host", "0.0.0.0")
     assert "no number of bytes" in run("--prefix-cache", "lots")
     assert "expected" in run("--depth", "9")
+
+
+def test_tokens_that_a_prefix_cache_had_are_reported() -> None:
+    with demo_server(engine={"prefix_cache": 50_000_000}) as live, httpx.Client(timeout=60) as http:
+        body = {"model": "demo", "max_tokens": 3, "messages": [{**FRANCE, "content": "word " * 60}]}
+        plain = [http.post(f"{live.url}/v1/chat/completions", json=body | {"n": 2}).json()["usage"] for _ in range(2)]
+        cached = [u["prompt_tokens_details"]["cached_tokens"] for u in plain]
+        assert cached[0] == 0
+        assert cached[1] == plain[1]["prompt_tokens"] - 1
+        other = http.post(f"{live.url}/v1/messages", json=body).json()["usage"]
+        assert other["cache_read_input_tokens"] == cached[1]
+        assert other["input_tokens"] == 1
+        response = http.post(f"{live.url}/v1/responses", json={"model": "demo", "input": "word " * 60})
+        assert response.json()["usage"]["input_tokens_details"]["cached_tokens"] == cached[1]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"min_tokens": 10**30}, {"top_k": 2**31 - 1}, {"top_p": 1e-300}, {"temperature": 1e-40}, {"min_p": 1e-300},
+        {"repetition_penalty": 1e-300},
+    ],
+)  # fmt: skip
+def test_numbers_at_their_limits(live: Live, given: dict[str, Any]) -> None:
+    body = {
+        "model": "demo",
+        "max_tokens": 12,
+        "messages": [STORY],
+        "temperature": 0.5,
+        "seed": 2,
+        "top_k": 0,
+        "top_p": 1,
+    }
+    before = live.engine.stats().failed_steps
+    got = httpx.post(f"{live.url}/v1/chat/completions", json=body | given, timeout=60)
+    assert got.status_code == 200
+    assert live.engine.stats().failed_steps == before
+    if set(given) & {"top_p", "temperature"}:
+        greedy = httpx.post(f"{live.url}/v1/chat/completions", json=body | {"temperature": 0}, timeout=60)
+        assert got.json()["choices"][0]["message"] == greedy.json()["choices"][0]["message"]

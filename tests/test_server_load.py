@@ -6,7 +6,7 @@ from .load import run
 
 
 def test_clients_that_come_and_go() -> None:
-    report = run(clients=16, seconds=6, leave=0.3, count=12)
+    report = run(clients=16, seconds=3, leave=0.3, count=6)
     assert report["wrong"] == report["failed"] == []
     assert report["rows_left"] == 0
     assert report["answers"] > 0

@@ -17,7 +17,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: install one, or name it in CHROMIUM")
 # Where to keep a picture of the page, for the README.
 PICTURE = os.environ.get("PAGE_PICTURE")
 # The page lets no text be run as a script, so nothing can wait for a condition in JavaScript.
@@ -32,12 +32,6 @@ def test_the_page_asks_nobody_else() -> None:
     assert "http://" not in got.text.replace("http://www.w3.org", "")
     assert "https://" not in got.text
     assert len(got.content) < 30_000
-
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    with demo_server() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

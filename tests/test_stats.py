@@ -96,6 +96,7 @@ def test_the_report() -> None:
         "drafted": 8,
         "accepted": 4,
         "cut": 1,
+        "reused": 0,
         "drafted_per_position": [3, 3, 2],
         "accepted_per_position": [2, 1, 1],
         "acceptance_per_position": [0.6667, 0.3333, 0.5],

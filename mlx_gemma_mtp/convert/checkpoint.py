@@ -181,7 +181,7 @@ def _entry(file: Path, name: str, value: Any, data: int) -> Entry:
         whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError) as e:
         raise ConvertError(f"tensor {name} of {file}: its header entry is {value!r}") from e
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ConvertError(f"tensor {name} of {file} has dtype {dtype!r}, expected one of {', '.join(ITEM_BYTES)}")
     if not whole or end - begin != prod(shape) * ITEM_BYTES[dtype]:
         raise ConvertError(f"tensor {name} of {file}: bytes {begin} to {end} can't hold {dtype} of shape {shape}")

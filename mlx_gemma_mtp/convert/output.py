@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import ConvertError
-from .writer import sync_directory, write_durably
+from .writer import make_durable, write_durably
 
 RECORD = "conversion.json"
 SIDE_FILES = (
@@ -51,29 +51,29 @@ def check_destination(out: Path, sources: list[Path], *, force: bool) -> None:
 
 
 @contextmanager
-def appearing(out: Path) -> Iterator[Path]:
+def appearing(out: Path, *, force: bool) -> Iterator[Path]:
     """A temporary sibling of `out` that takes its place at the end, or vanishes if anything goes wrong.
 
-    What an earlier run that was killed has left is put right first.
+    What an earlier run that was killed has left is put right first. Raises ConvertError if `out` may not be replaced:
+    it is there without `force`, even if it came while the caller worked.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     _recover(out)
+    check_destination(out, [], force=force)
     temporary, replaced = _sibling(out, "partial", os.getpid()), _sibling(out, "replaced", os.getpid())
     temporary.mkdir()
     try:
         yield temporary
-        sync_directory(temporary)
+        make_durable(temporary)
+        check_destination(out, [], force=force)
         if out.exists():
             out.rename(replaced)
-        try:
-            temporary.rename(out)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(out)
-            raise
-        sync_directory(out.parent)
+        temporary.rename(out)
+        make_durable(out.parent)
     finally:
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -131,13 +131,15 @@ def _existing(place: Path) -> Path:
 
 
 def copy_side_files(source: Path, out: Path, config: Mapping[str, Any]) -> list[str]:
-    """Write the config and copy tokenizer, chat template and processors; the names of what was there."""
+    """Write the config and copy tokenizer, chat template and processors, durably; the names of what was there."""
     write_durably(out / "config.json", json.dumps(config, indent=2) + "\n")
     copied = []
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+            make_durable(out / name)
             copied.append(name)
+    make_durable(out)
     return copied
 
 

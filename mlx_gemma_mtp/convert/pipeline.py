@@ -44,15 +44,18 @@ def run(options: Options, watch: Watcher | None = None) -> dict[str, Any]:
     check_destination(options.out, [p for p in (path, drafter_path) if p], force=options.force)
     planner.sources = Checkpoint(path), None if drafter_path is None else Checkpoint(drafter_path)
     pair = planner.plan(recipe, chosen)
+    for model, (role, _) in zip(pair.models, _ROLES, strict=False):
+        for match in model.idle:
+            watch.note(f"recipe {model.recipe.name}: no matrix of the {role} matches {match!r}")
     prompts = choose_prompts(options, pair, path)
     fit = planner.checked_fit(pair)
     scratch = scratch_bytes(options, prompts, pair, [planner.plan(r, None) for r in compared[0]])
     free = check_space(options.out, pair.bytes + scratch + (64 << 20))
     watch.note(f"output: {gigabytes(pair.bytes)}, free on the disk: {gigabytes(free)}")
-    record = make_record(pair, Names(target=options.source, drafter=beside), fit)
+    record = make_record(pair, Names(target=_named(options.source), drafter=beside and _named(beside)), fit)
     if options.dry_run:
         return record
-    with appearing(options.out) as out, Hasher() as hasher:
+    with appearing(options.out, force=options.force) as out, Hasher() as hasher:
         _write(pair, out, record, hasher, options, watch)
         if prompts is not None:
             record["measured"] = try_out(pair, prompts, out, compared, options, planner.plan, watch)
@@ -90,6 +93,8 @@ class _Planning:
         """For a hub id: check size and fit from its headers, before fetching it; the record if that was all."""
         options = self._options
         if options.source == DEMO or Path(options.source).expanduser().is_dir():
+            if options.revision is not None:
+                raise ConvertError(f"--revision is {options.revision!r}: {options.source} isn't a hub id, and has none")
             return None
         name = options.drafter
         if name == "auto":
@@ -145,6 +150,12 @@ class _Planning:
         return Fit(memory=memory, context=context, weights=weights, kv=kv_bytes(pair.target_config, context))
 
 
+def _named(source: str) -> str:
+    """How a record names a source: a directory by its whole path, from wherever the record is read."""
+    local = Path(source).expanduser()
+    return str(local.absolute()) if source != DEMO and local.is_dir() else source
+
+
 def _is_hub_id(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).is_dir()
 
@@ -152,6 +163,7 @@ def _is_hub_id(source: str) -> bool:
 def _write(pair: PairPlan, out: Path, record: dict[str, Any], hasher: Hasher, options: Options, watch: Watcher) -> None:
     """Weights, side files and hashes of both models."""
     places = [(m, role, out / sub) for m, (role, sub) in zip(pair.models, _ROLES, strict=False)]
+    known = {role: known_hashes(plan.source.files) for plan, role, _ in places}
     for plan, _, _ in places:
         hasher.add(plan.source.files)
     for plan, role, place in places:
@@ -163,8 +175,7 @@ def _write(pair: PairPlan, out: Path, record: dict[str, Any], hasher: Hasher, op
         record[role]["files"] = files
     watch.stage("hashing")
     for plan, role, _ in places:
-        files = plan.source.files
-        record[role]["source_files"] = checked_hashes(hasher, files, known_hashes(files))
+        record[role]["source_files"] = checked_hashes(hasher, plan.source.files, known[role])
         record[role]["files"] = checked_hashes(hasher, record[role]["files"], {})
 
 

@@ -18,7 +18,7 @@ from ..loading import build_drafter, build_target
 from ..models.drafter import Drafter
 from ..models.linear import WeightsError
 from ..models.target import Target
-from .checkpoint import Checkpoint, ConvertError, Entry
+from .checkpoint import FLOATS, Checkpoint, ConvertError, Entry
 from .configs import output_config
 from .names import MLX_NAMES, Destination, Skipped, canonical_path
 from .quantize import DTYPES, packed_shapes
@@ -78,7 +78,11 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPlan:
-    """One checkpoint's conversion. `unquantized`: matrices that stay so though the recipe says otherwise, and why."""
+    """One checkpoint's conversion.
+
+    `unquantized`: matrices that stay so though the recipe says otherwise, and why. `idle`: patterns of its rules that
+    match nothing.
+    """
 
     source: Checkpoint
     config: dict[str, Any]
@@ -87,6 +91,7 @@ class ModelPlan:
     outputs: tuple[Output, ...]
     skipped: Mapping[str, int]
     unquantized: Mapping[str, str]
+    idle: tuple[str, ...]
 
     @property
     def slots(self) -> list[Slot]:
@@ -172,6 +177,8 @@ def _plan(
     names = MLX_NAMES[str(source.config["model_type"])]
     skipped: Counter[str] = Counter()
     for entry in source.tensors.values():
+        if entry.dtype == "F64":
+            raise ConvertError(f"{entry} has dtype F64, expected F32, F16 or BF16")
         if planner.packed_part(entry.name):
             continue
         places = names.destinations(entry.name, lambda i: i >= len(layers) or layers[i].writes_kv, text_only=text_only)
@@ -191,6 +198,7 @@ def _plan(
         outputs=tuple(outputs),
         skipped=dict(skipped),
         unquantized=planner.unquantized,
+        idle=tuple(recipe.idle(planner.matrices, kinds)),
     )
 
 
@@ -205,6 +213,7 @@ class _Planner:
         self.overrides = {canonical_path(p): s for p, s in quantization.overrides} if quantization else {}
         self.outputs: list[Output] = []
         self.unquantized: dict[str, str] = {}
+        self.matrices: set[str] = set()
 
     def packed_part(self, name: str) -> bool:
         """Whether a tensor is part of a packed matrix, which is planned with its weights."""
@@ -241,6 +250,8 @@ class _Planner:
         self, entry: Entry, packed: tuple[Entry, ...], source_spec: QuantSpec | None, place: Destination, path: str
     ) -> None:
         columns = entry.columns * 32 // source_spec.bits if source_spec else entry.columns
+        if source_spec is not None:
+            _check_packed((entry, *packed), source_spec, columns)
         if place.parts > 1 and (len(entry.shape) < 3 or entry.shape[-2] % place.parts):
             raise ConvertError(f"{entry} has shape {entry.shape}, expected a stack of matrices with gate and up rows")
         lead = list(entry.shape[:-1])
@@ -248,6 +259,7 @@ class _Planner:
             lead[-1] //= place.parts
         spec, reason = None, ""
         if place.canonical is not None and place.canonical.endswith(".weight") and len(entry.shape) > 1:
+            self.matrices.add(path)
             spec, reason = self.recipe.spec_of(path, self.kinds)
         if spec is not None and columns % spec.group_size:
             reason = f"its width {columns} doesn't divide into groups of {spec.group_size}"
@@ -262,6 +274,22 @@ class _Planner:
                 columns=columns, slots=_slots(place.name, entry, packed, source_spec, spec, lead, columns),
             )
         )  # fmt: skip
+
+
+def _check_packed(parts: tuple[Entry, ...], spec: QuantSpec, columns: int) -> None:
+    """Refuse packed weights whose parts aren't those of `spec`, as rows are read from each by its own header."""
+    affine = FLOATS, (parts[1].dtype,)
+    kinds: list[tuple[str, ...]] = [("U32",), *(affine if spec.mode == "affine" else [("U8",)])]
+    if len(parts) != len(kinds):
+        found = " and ".join(p.name for p in parts[1:])
+        raise ConvertError(f"{parts[0]} is packed with {found}, expected {len(kinds) - 1} such tensors for {spec.mode}")
+    for part, kind, shape in zip(parts, kinds, packed_shapes(parts[0].rows, columns, spec), strict=True):
+        expected = (*parts[0].shape[:-1], shape[1])
+        if part.dtype not in kind or part.shape != expected:
+            raise ConvertError(
+                f"{part} has dtype {part.dtype} and shape {part.shape}, expected {' or '.join(kind)} and {expected} "
+                f"for {spec.bits} bits in groups of {spec.group_size}"
+            )
 
 
 def _slots(

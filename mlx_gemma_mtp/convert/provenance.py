@@ -61,7 +61,10 @@ def checked_hashes(hasher: Hasher, files: Sequence[Path], given: Mapping[str, st
     for file in files:
         found, expected = hasher.result(file), given.get(file.name)
         if expected is not None and found != expected:
-            raise ConvertError(f"{file} is damaged: its SHA-256 is {found}, its origin says {expected}")
+            raise ConvertError(
+                f"{file} is damaged: its SHA-256 is {found}, its origin (the hub, or the conversion.json that came "
+                f"with it) says {expected}"
+            )
         out[file.name] = {"bytes": file.stat().st_size, "sha256": found}
     return out
 
@@ -82,16 +85,17 @@ def known_hashes(files: Sequence[Path]) -> dict[str, str]:
 
 
 def _recorded(directory: Path) -> dict[str, str]:
-    for place, role in ((directory, "target"), (directory.parent, "drafter")):
-        path = place / "conversion.json"
-        if not path.is_file():
-            continue
-        try:
-            model = json.loads(path.read_text(encoding="utf-8"))[role]
-            return {name: entry["sha256"] for name, entry in model["files"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ConvertError(f"{path} isn't a conversion's record: {e}") from e
-    return {}
+    path, role = directory / "conversion.json", "target"
+    if not path.is_file() and directory.resolve().name == "drafter":
+        path, role = directory.resolve().parent / "conversion.json", "drafter"
+    if not path.is_file():
+        return {}
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))[role]
+        # A drafter that a conversion without one got later is nothing that its record knows.
+        return {} if model is None else {name: entry["sha256"] for name, entry in model["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ConvertError(f"{path} isn't a conversion's record: {e}") from e
 
 
 def revision_of(directory: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -68,6 +68,11 @@ class Recipe:
                 spec = {"base": self.default, "high": self.high, "keep": None}[exception.level]
                 return spec, exception.reason
         return self.default, ""
+
+    def idle(self, paths: Collection[str], kinds: frozenset[str]) -> list[str]:
+        """Patterns of rules for models of these kinds that match none of their matrices."""
+        mine = [r.match for r in self.rules if kinds.intersection(r.kinds)]
+        return [match for match in mine if not any(fnmatchcase(path, match) for path in paths)]
 
 
 def _affine(bits: int, group_size: int = 64) -> QuantSpec:

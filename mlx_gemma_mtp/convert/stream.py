@@ -99,12 +99,10 @@ class _Stream:
         arrays = []
         for entry in output.sources:
             data = self._plan.source.read(entry, first, last)
-            if entry.dtype == "F64":
-                raise ConvertError(f"{entry} has dtype F64, expected F32, F16 or BF16")
             arrays.append(array_of(data, entry.dtype, entry.columns, stream))
-        checked = arrays[0] if output.source_spec is None else arrays[-1]
-        kind = output.sources[0 if output.source_spec is None else -1].dtype
-        highest, infinity = highest_bits(checked, kind, stream)
+        # What can be special of packed weights is their scales and biases, which are of one type.
+        checked = arrays[0] if output.source_spec is None else mx.concatenate(arrays[1:], axis=-1, stream=stream)
+        highest, infinity = highest_bits(checked, output.sources[-1].dtype, stream)
         parts = tuple(arrays)
         if not output.copied:
             parts = _converted(output, arrays, stream)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -149,9 +149,11 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(f.fileno())
 
 
-def sync_directory(path: Path) -> None:
-    """Make a directory's names durable, where the system can."""
+def make_durable(path: Path) -> None:
+    """Wait until a file's content or a directory's names are on the disk, of directories where the system can."""
     descriptor = os.open(path, os.O_RDONLY)
-    with suppress(OSError):
-        os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

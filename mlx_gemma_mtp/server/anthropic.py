@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
@@ -160,11 +161,12 @@ class MessageAnswer:
         return {"stop_reason": _STOP[choice.finish or "stop"], "stop_sequence": choice.stop_match}
 
     def _usage(self, choice: Choice) -> dict[str, Any]:
+        """Input tokens that a prefix cache had are counted apart: the start of a stream doesn't know of them yet."""
         return {
-            "input_tokens": choice.prompt_tokens,
+            "input_tokens": choice.prompt_tokens - choice.cached_tokens,
             "output_tokens": choice.tokens,
             "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
+            "cache_read_input_tokens": choice.cached_tokens,
         }
 
     def _report(self, choice: Choice) -> dict[str, Any]:
@@ -288,9 +290,14 @@ def _text(extra: dict[str, Any], key: str, where: str) -> str:
 def _object(text: str) -> dict[str, Any]:
     """A call's input; of one that was cut short there is none yet, as the stop reason says."""
     try:
-        return cast(dict[str, Any], json.loads(text))
-    except ValueError:
+        return cast(dict[str, Any], json.loads(text, parse_float=_finite))
+    except (ValueError, RecursionError):
         return {}
+
+
+def _finite(text: str) -> float:
+    """A number that can be written as JSON again."""
+    return min(max(float(text), -sys.float_info.max), sys.float_info.max)
 
 
 def _call_id() -> str:

@@ -54,7 +54,7 @@ class Thinking(Body):
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int | None, Field(ge=1, le=10_000_000)] = None
-    display: str | None = None
+    display: Literal["summarized"] | None = None
 
 
 class JsonFormat(Body):

@@ -27,7 +27,7 @@ from .guard import Guard, Rules
 from .openai_schema import ChatRequest, CompletionRequest
 from .responses_schema import ResponsesRequest
 from .service import Run, Service, usage_of
-from .sse import ClientGone, EventResponse, event, while_connected
+from .sse import ClientGone, EventResponse, event, to_json, while_connected
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _STATUSES: dict[int | str, dict[str, Any]] = {
@@ -61,11 +61,12 @@ def make_app(service: Service, rules: Rules | None = None) -> ASGIApp:
     _add_openai(app, service)
     _add_anthropic(app, service)
     rules = rules or Rules()
-    inner: ASGIApp = app
-    if rules.origins:
-        inner = CORSMiddleware(app, allow_origins=rules.origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     service.metrics.follow(service.stats)
-    return Guard(inner, rules=rules, failure=_failure, answered=service.metrics.answered)
+    guard = Guard(app, rules=rules, failure=_failure, answered=service.metrics.answered)
+    if not rules.origins:
+        return guard
+    # Outermost: a page may read why it was refused only where the refusal names it, too.
+    return CORSMiddleware(guard, allow_origins=rules.origins, allow_methods=["GET", "POST"], allow_headers=["*"])
 
 
 def _lifespan(service: Service) -> Callable[[FastAPI], Any]:
@@ -240,7 +241,7 @@ async def _whole(
         await while_connected(request, work, cancel=run.cancel, timeout=service.settings.timeout)
     finally:
         _note_end(request, run)
-    return JSONResponse(made())
+    return Response(to_json(made()), media_type="application/json")
 
 
 def _note(request: Request, service: Service, prompt: object) -> None:

@@ -82,7 +82,7 @@ class Guard:
         if rules.hosts is not None and _hostname(host) not in rules.hosts:
             # Another name for this address in somebody's DNS would make it their own to a browser.
             raise ApiError(403, f"the host {host!r} is not this server; start it with --allow-host to serve it")
-        same = origin is not None and urlsplit(origin).netloc == host
+        same = origin is not None and _netloc(origin) == host
         if origin is not None and not same and origin not in rules.origins and "*" not in rules.origins:
             raise ApiError(403, f"pages of {origin!r} may not use this server; start it with --cors-origin to let them")
         if rules.key is None or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
@@ -97,7 +97,7 @@ class Guard:
         """The whole body; None when the client goes before its end."""
         limit = self._rules.max_body
         declared = headers.get("content-length", "")
-        length = int(declared) if declared.isdigit() else 0
+        length = int(declared[:20]) if declared.isascii() and declared.isdigit() else 0
         too_large = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
         if length > _DRAINED * limit:
             raise too_large
@@ -136,6 +136,13 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 def _hostname(host: str) -> str:
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0].lower()
+
+
+def _netloc(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _write(scope: Scope, route: str, status: int, seconds: float) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ..engine import EngineStats
+from ..stats import SpecStats
 
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _BETWEEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_DEEPEST = 8
 _NAME = "mlx_gemma_mtp"
 
 
@@ -98,6 +100,7 @@ class _EngineFigures(Collector):
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(f"{_NAME}_{name}", text, value=value)
+        yield _depths(stats.spec)
         for what, counts in (
             ("drafted", stats.spec.drafted_per_position),
             ("accepted", stats.spec.accepted_per_position),
@@ -108,3 +111,13 @@ class _EngineFigures(Collector):
             for i, count in enumerate(counts):
                 family.add_metric([str(i + 1)], count)
             yield family
+
+
+def _depths(spec: SpecStats) -> Metric:
+    """The depths chosen: a row's round is deeper than i where something was drafted at position i + 1."""
+    deeper = [*spec.drafted_per_position, *[0] * _DEEPEST][:_DEEPEST]
+    buckets = [(str(i), float(spec.rounds - count)) for i, count in enumerate(deeper)]
+    text = "Depth of rounds, counted for each row in them: how many drafts it chose to verify."
+    return HistogramMetricFamily(
+        f"{_NAME}_depth", text, buckets=[*buckets, ("+Inf", float(spec.rounds))], sum_value=float(spec.drafted)
+    )

@@ -228,7 +228,7 @@ class ChatAnswer:
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         data = self._codec.token_bytes(token)
-        return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(data)}
+        return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
 
     def _chunk(
         self,
@@ -308,8 +308,8 @@ class CompletionAnswer:
             self._offsets[index] += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [p.logprob for p in logprobs],
-            "top_logprobs": [{self._text(t): x for t, x in p.top} for p in logprobs],
+            "token_logprobs": [_finite(p.logprob) for p in logprobs],
+            "top_logprobs": [{self._text(t): _finite(x) for t, x in p.top} for p in logprobs],
             "text_offset": offsets,
         }
 
@@ -330,7 +330,7 @@ def usage(choices: Sequence[Choice]) -> dict[str, Any]:
             "accepted_prediction_tokens": stats.accepted,
             "rejected_prediction_tokens": stats.drafted - stats.accepted,
         },
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in choices)},
     }
 
 
@@ -340,6 +340,11 @@ def progress(update: Update) -> dict[str, Any]:
     stats = update.choice.stats
     counters = {"rounds": stats.rounds, "drafted": stats.drafted, "accepted": stats.accepted}
     return {"pieces": pieces, "ids": list(update.ids), "tokens": update.choice.tokens, **counters}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI says -9999 for it."""
+    return max(logprob, -9999.0)
 
 
 def _all_text(update: Update) -> str:

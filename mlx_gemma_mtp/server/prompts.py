@@ -220,6 +220,9 @@ def _check_schema(schema: object, where: str) -> None:
             _check_schema(inner, f"{where}.properties.{name}")
     if "items" in schema:
         _check_schema(schema["items"], f"{where}.items")
+    options = schema.get("anyOf")
+    for i, inner in enumerate(options if isinstance(options, list) else []):
+        _check_schema(inner, f"{where}.anyOf[{i}]")
     required = schema.get("required")
     if required is not None and not (isinstance(required, list) and all(isinstance(r, str) for r in required)):
         raise bad(f"{where}.required is no list of names", f"{where}.required", "invalid_value")

@@ -168,7 +168,7 @@ class ResponseAnswer:
         choice = self._run.choices[0]
         return {
             "input_tokens": choice.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens_details": {"cached_tokens": choice.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": choice.tokens,
             "output_tokens_details": {"reasoning_tokens": choice.thinking_tokens},
             "total_tokens": choice.prompt_tokens + choice.tokens,

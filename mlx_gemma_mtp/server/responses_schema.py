@@ -63,12 +63,12 @@ class ResponsesRequest(Mtp):
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
     # Hints and labels that change no token; nothing is stored, whatever `store` says.
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
     store: bool | None = None
     user: str | None = None
     service_tier: str | None = None
     truncation: Literal["disabled"] | None = None
-    include: list[str] | None = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     stream_options: ResponsesStream | None = None

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -100,6 +101,11 @@ class Choice:
     finish: Finish | None = None
     stop_match: str | None = None
 
+    @property
+    def cached_tokens(self) -> int:
+        """Of `prompt_tokens`, those that a prefix cache had."""
+        return min(self.stats.reused, self.prompt_tokens)
+
     def add(self, deltas: Sequence[Delta]) -> None:
         """Note what a stream gave."""
         for delta in deltas:
@@ -152,20 +158,19 @@ class Run:
             async for update in self._read(0):
                 yield update
             return
-        queue: asyncio.Queue[Update | Exception | None] = asyncio.Queue(maxsize=4)
-        tasks = [asyncio.create_task(self._forward(i, queue)) for i in range(len(self._streams))]
+        readers = [self._read(i) for i in range(len(self._streams))]
+        coming = {asyncio.ensure_future(anext(reader)): reader for reader in readers}
         try:
-            left = len(tasks)
-            while left:
-                item = await queue.get()
-                if item is None:
-                    left -= 1
-                elif isinstance(item, Exception):
-                    raise item
-                else:
-                    yield item
+            while coming:
+                done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    reader = coming.pop(task)
+                    with suppress(StopAsyncIteration):
+                        update = task.result()
+                        coming[asyncio.ensure_future(anext(reader))] = reader
+                        yield update
         finally:
-            for task in tasks:
+            for task in coming:
                 task.cancel()
             self.cancel()
 
@@ -174,14 +179,6 @@ class Run:
         async for _ in self.updates():
             pass
         return self.choices
-
-    async def _forward(self, i: int, queue: asyncio.Queue[Update | Exception | None]) -> None:
-        try:
-            async for update in self._read(i):
-                await queue.put(update)
-        except ApiError as error:
-            await queue.put(error)
-        await queue.put(None)
 
     async def _read(self, i: int) -> AsyncIterator[Update]:
         stream, choice, job = self._streams[i], self.choices[i], self.job
@@ -192,18 +189,24 @@ class Run:
             stops=job.stops,
             min_tokens=job.sampling.min_tokens,
         )
-        last = self._begun
-        async for event in stream:
-            now = time.perf_counter()
-            if event.tokens:
-                self._metrics.tokens(len(event.tokens), now - last, first=choice.tokens == 0)
-                last = now
-            update = self._update(choice, reader, event)
-            yield update
-            if choice.finish is not None:
-                break
-        stream.cancel()
-        self._metrics.ended(choice.finish or "error")
+        last, reason = self._begun, "cancelled"
+        try:
+            async for event in stream:
+                now = time.perf_counter()
+                if event.tokens:
+                    self._metrics.tokens(len(event.tokens), now - last, first=choice.tokens == 0)
+                    last = now
+                update = self._update(choice, reader, event)
+                reason = choice.finish or reason
+                yield update
+                if choice.finish is not None:
+                    break
+        except ApiError:
+            reason = "error"
+            raise
+        finally:
+            stream.cancel()
+            self._metrics.ended(reason)
 
     def _update(self, choice: Choice, reader: ToolStream, event: TokenEvent) -> Update:
         deltas: list[Delta] = []

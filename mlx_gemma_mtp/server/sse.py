@@ -25,8 +25,14 @@ class ClientGone(Exception):  # noqa: N818
 
 def event(data: Mapping[str, Any] | str, name: str | None = None) -> bytes:
     """One event."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return (f"event: {name}\ndata: {text}\n\n" if name else f"data: {text}\n\n").encode()
+    text = data.encode() if isinstance(data, str) else to_json(data)
+    return (f"event: {name}\n".encode() if name else b"") + b"data: " + text + b"\n\n"
+
+
+def to_json(data: object) -> bytes:
+    """JSON. Half of a surrogate pair, which UTF-8 can't hold, is written as JSON's escape: the same to who reads it."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")
 
 
 class EventResponse(Response):

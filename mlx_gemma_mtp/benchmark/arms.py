@@ -1,9 +1,9 @@
 """One arm of a benchmark: a library that decodes, in a process of its own, driven by JSON lines on stdin and stdout.
 
-    python arms.py LIBRARY --target DIR [--drafter DIR] [--depth K]     LIBRARY: ours, mlx-lm or mlx-vlm
+    python arms.py LIBRARY --target DIR [--drafter DIR] [--depth K] [--dtype float32]     ours, mlx-lm or mlx-vlm
 
-Knows nothing of other arms, repeats or results. Imports the library it runs and nothing else of this project, so
-that it works in any environment that has that library.
+Knows nothing of other arms, repeats or results. A script that imports the library it runs and nothing else of this
+project, so that it works in any environment that has that library.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
 
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 Events = Iterator[list[tuple[int, list[int]]]]
 """What came, as it came: (row, new tokens) of every row that got some."""
 Counts = tuple[int, float, int]
@@ -29,7 +31,7 @@ Counts = tuple[int, float, int]
 
 
 class Arm(Protocol):
-    """A library with a pair in memory, in float32, that decodes greedily and ignores stop tokens."""
+    """A library with a pair in memory that decodes greedily and ignores stop tokens."""
 
     def one(self, prompt: list[int], new: int) -> Events:
         """Decode one prompt."""
@@ -49,28 +51,29 @@ class Arm(Protocol):
 
 
 class Ours:
-    """mlx_gemma_mtp; depth 0 is plain decoding."""
+    """mlx_gemma_mtp; depth 0 is plain decoding. A request may name another `depth`, or "auto"."""
 
-    def __init__(self, target: str, drafter: str | None, depth: int) -> None:
-        from mlx_gemma_mtp import load
+    def __init__(self, target: str, drafter: str | None, depth: int, dtype: str) -> None:
+        from mlx_gemma_mtp.runtime import load
 
-        self._runtime = load(target, drafter=drafter, dtype="float32")
+        self._runtime = load(target, drafter=drafter, dtype=dtype)
         self._runtime.text = None  # token ids alone, as the others get them
-        self._depth = depth
+        self.depth: int | str = depth
+        self.by_position: list[list[int]] = []  # accepted and drafted by the last generation
         self._counts: Counts = (0, 0.0, 0)
         self.prefill_s: float | None = None
 
     def one(self, prompt: list[int], new: int) -> Events:
         """Through `stream`."""
         stats = self.prefill_s = None
-        for step in self._runtime.stream(prompt, max_tokens=new, depth=self._depth, ignore_eos=True):
+        for step in self._runtime.stream(prompt, max_tokens=new, depth=self.depth, ignore_eos=True):
             stats = step.stats
             yield [(0, list(step.tokens))]
         self._add([] if stats is None else [stats])
 
     def batch(self, prompts: list[list[int]], new: int) -> Events:
         """Through `generate_batch`, which gives all tokens at once and tells the time of its prefill."""
-        outputs = self._runtime.generate_batch(prompts, max_tokens=new, depth=self._depth, ignore_eos=True)
+        outputs = self._runtime.generate_batch(prompts, max_tokens=new, depth=self.depth, ignore_eos=True)
         self._add([o.stats for o in outputs])
         self.prefill_s = outputs[0].timing.prefill_seconds
         yield [(row, output.tokens) for row, output in enumerate(outputs)]
@@ -90,6 +93,8 @@ class Ours:
         return gap
 
     def _add(self, stats: Sequence[Any]) -> None:
+        counters = [s.accepted_per_position for s in stats], [s.drafted_per_position for s in stats]
+        self.by_position = [[sum(p) for p in zip_longest(*rows, fillvalue=0)] for rows in counters]
         rounds, accepted, drafted = self._counts
         self._counts = (
             rounds + sum(s.rounds for s in stats),
@@ -103,12 +108,12 @@ class MlxLm:
 
     prefill_s = None
 
-    def __init__(self, target: str, drafter: str | None, depth: int) -> None:
+    def __init__(self, target: str, drafter: str | None, depth: int, dtype: str) -> None:
         from mlx_lm.generate import generation_stream
         from mlx_lm.utils import load_model
 
         self._model, _ = load_model(Path(target))
-        self._model.set_dtype(mx.float32)
+        self._model.set_dtype(DTYPES[dtype])
         self._stream = generation_stream
 
     def one(self, prompt: list[int], new: int) -> Events:
@@ -165,19 +170,19 @@ class MlxVlm:
 
     prefill_s = None
 
-    def __init__(self, target: str, drafter: str | None, depth: int) -> None:
+    def __init__(self, target: str, drafter: str | None, depth: int, dtype: str) -> None:
         from mlx_vlm.generate.ar import generation_stream
         from mlx_vlm.utils import load_model
 
         self._model = load_model(Path(target))
-        self._model.set_dtype(mx.float32)
+        self._model.set_dtype(DTYPES[dtype])
         self._stream, self._drafter, self._options = generation_stream, None, dict[str, Any]()
         if depth:
             from mlx_vlm.speculative.drafters import load_drafter
 
             found = load_drafter(drafter, kind="mtp")
             self._drafter = found[0] if isinstance(found, tuple) else found
-            self._drafter.set_dtype(mx.float32)
+            self._drafter.set_dtype(DTYPES[dtype])
             self._options = {"draft_model": self._drafter, "draft_kind": "mtp", "draft_block_size": depth + 1}
 
     def one(self, prompt: list[int], new: int) -> Events:
@@ -212,8 +217,8 @@ class MlxVlm:
 
     def counts(self) -> Counts:
         """Its own counters: in a batch, a round's accepted drafts are the mean of the rows."""
-        names = ("rounds", "accepted", "drafted")
-        rounds, accepted, drafted = (getattr(self._drafter, f"speculative_total_{n}", 0) for n in names)
+        found = {} if self._drafter is None else vars(self._drafter)
+        rounds, accepted, drafted = (found.get(f"speculative_total_{n}", 0) for n in ("rounds", "accepted", "drafted"))
         return int(rounds), float(accepted), int(drafted)
 
     def drain(self) -> None:
@@ -222,12 +227,13 @@ class MlxVlm:
         mx.synchronize()
 
 
-LIBRARIES: dict[str, Callable[[str, str | None, int], Arm]]
+LIBRARIES: dict[str, Callable[[str, str | None, int, str], Arm]]
 LIBRARIES = {"ours": Ours, "mlx-lm": MlxLm, "mlx-vlm": MlxVlm}
 
 
 def collect(arm: Arm, events: Events, rows: int, new: int) -> dict[str, Any]:
     """Run one generation: `prefill_s` until every row has its first token, `wall_s` until the last row's last."""
+    mx.reset_peak_memory()
     before, cpu, begin = arm.counts(), time.process_time(), time.perf_counter()
     tokens: list[list[int]] = [[] for _ in range(rows)]
     prefill_s, early, now = 0.0, 0, begin
@@ -256,6 +262,8 @@ def collect(arm: Arm, events: Events, rows: int, new: int) -> dict[str, Any]:
         "rounds": rounds,
         "accepted": accepted,
         "drafted": drafted,
+        "peak_bytes": mx.get_peak_memory(),
+        "by_position": arm.by_position if isinstance(arm, Ours) else [],
     }
 
 
@@ -265,6 +273,8 @@ def answer(arm: Arm, request: dict[str, Any]) -> dict[str, Any]:
         assert isinstance(arm, Ours)
         return {"margin": arm.margin(request["tokens"], request["a"], request["b"])}
     prompts, new = request["prompts"], request["new"]
+    if isinstance(arm, Ours) and "depth" in request:
+        arm.depth = request["depth"]
     if request["op"] == "batch":
         return {"parts": [collect(arm, arm.batch(prompts, new), len(prompts), new)]}
     return {"parts": [collect(arm, arm.one(p, new), 1, new) for p in prompts]}
@@ -294,6 +304,7 @@ def main() -> None:
     parser.add_argument("--target", required=True)
     parser.add_argument("--drafter")
     parser.add_argument("--depth", type=int, default=0)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     args = parser.parse_args()
     # What libraries print must not end up among the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -304,7 +315,7 @@ def main() -> None:
         answers.flush()
 
     try:
-        arm = LIBRARIES[args.library](args.target, args.drafter, args.depth)
+        arm = LIBRARIES[args.library](args.target, args.drafter, args.depth, args.dtype)
         say(about(("mlx", "mlx-lm", "mlx-vlm", "mlx-gemma-mtp", "transformers")))
     except Exception:
         say({"error": traceback.format_exc()})
