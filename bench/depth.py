@@ -76,7 +76,10 @@ def random_pair(acceptance: float, new: int) -> tuple[Runtime, list[int]]:
 def measure(
     runtime: Runtime, prompts: list[list[int]], arms: Sequence[Arm], args: argparse.Namespace
 ) -> tuple[dict[Arm, list[float]], int]:
-    """Decode rates of every repeat, and auto's compilations in them, behind one warm run of each arm (auto: three, as it also tries things out)."""
+    """Decode rates of every repeat, and auto's compilations in them, behind one warm run of each arm.
+
+    auto has three warm runs, as it also tries things out.
+    """
     rates: dict[Arm, list[float]] = {arm: [] for arm in arms}
     for arm in [*arms, "auto", "auto"]:
         runtime.generate_batch(prompts, max_tokens=args.new, depth=arm, ignore_eos=True)
