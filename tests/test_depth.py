@@ -49,7 +49,7 @@ def test_regret_and_plain(kind: str, rate: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lag", [0, 1])
 def test_mixed_batches_with_one_round_under_way(kind: str, lag: int) -> None:
-    """Rows of all kinds of text; compilations cost three rounds each."""
+    """Rows of all kinds of text, with a profile; rounds are begun before the last one is observed, or not."""
 
     def rates(row: int, round_: int) -> Sequence[float]:
         return [(0.2, 0.6, 0.9, 0.95)[row]] * 8
