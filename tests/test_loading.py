@@ -623,7 +623,7 @@ def test_no_drafter_is_plain_decoding(
     assert (found.stats.drafted, len(found.tokens)) == (0, 8)
     assert not any(found.drafted)
     paired = load(str(originals()))
-    same = paired.generate(PROMPT, max_tokens=8, ignore_eos=True)
+    same = paired.generate(PROMPT, max_tokens=8, ignore_eos=True, depth=3)
     assert same.tokens == found.tokens
     assert same.stats.drafted > 0
     with pytest.raises(ValueError, match="no drafter"):
