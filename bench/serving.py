@@ -100,6 +100,8 @@ class OursHttp:
             self._port: int = probe.getsockname()[1]
         command = [sys.executable, "-m", "mlx_gemma_mtp", "serve", "--model", target, "--drafter", str(drafter)]
         command += ["--dtype", "float32", "--depth", depth, "--port", str(self._port), "--name", "bench"]
+        # The engine beside it has no prefix cache: repeated prompts would make the server look faster than it.
+        command += ["--prefix-cache", "0"]
         self._server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         atexit.register(self._server.terminate)
         while self._server.poll() is None:

@@ -121,6 +121,7 @@ def make_service(rt: Runtime, engine: Engine, options: Options) -> Service:
 
     if rt.text is None:
         raise ValueError("this model has no tokenizer, which a server needs")
+    bitwise, differing = rt.bitwise()
     settings = Settings(
         models=tuple(options.names),
         context=rt.config.max_positions,
@@ -128,6 +129,8 @@ def make_service(rt: Runtime, engine: Engine, options: Options) -> Service:
         max_tokens=options.max_tokens,
         timeout=options.timeout,
         log_prompts=options.log_prompts,
+        bitwise=bitwise,
+        differing_shapes=differing,
     )
     return Service(engine, rt.text, settings, Metrics())
 

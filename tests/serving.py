@@ -127,7 +127,9 @@ def demo_server(rules: Rules | None = None, engine: Mapping[str, Any] | None = N
     runtime = load("demo")
     # What "auto" chooses depends on what rounds cost here.
     with Engine(runtime, **({"depth": 3} | dict(engine or {}))) as running:
-        service = service_over(running, demo_codec(), **settings)
+        bitwise, differing = runtime.bitwise()
+        exactness = {"bitwise": bitwise, "differing_shapes": differing}
+        service = service_over(running, demo_codec(), **exactness, **settings)
         with listening(make_app(service, rules)) as url:
             yield Live(url, running, service)
 

@@ -64,6 +64,7 @@ class TestOpenai:
         assert details.accepted_prediction_tokens
         assert got.model_extra is not None
         assert got.model_extra["mtp"]["contract"] == "exact"
+        assert got.model_extra["mtp"]["bitwise"] is True
 
     def test_every_depth_says_the_same(self, gpt: openai.OpenAI) -> None:
         """llama.cpp#23398: turning drafts on and off for one request."""

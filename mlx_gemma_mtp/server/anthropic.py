@@ -16,7 +16,7 @@ from . import prompts
 from .anthropic_schema import CountRequest, MessageBody, MessagesRequest
 from .errors import bad
 from .schema import Part
-from .service import Choice, Job, Run, Service, mtp_report
+from .service import Choice, Job, Run, Service
 from .sse import event
 
 _STOP = {"stop": "end_turn", "stop_string": "stop_sequence", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -170,7 +170,7 @@ class MessageAnswer:
         }
 
     def _report(self, choice: Choice) -> dict[str, Any]:
-        return mtp_report(choice.stats, self._body.depth)
+        return self._run.report(choice.stats, self._body.depth)
 
 
 async def _prompt(service: Service, body: CountRequest) -> tuple[list[int], list[Tool]]:

@@ -14,7 +14,7 @@ from ..tool_calls import CallDelta
 from . import prompts
 from .errors import bad
 from .openai_schema import ChatRequest, CompletionRequest, Message, Sampled
-from .service import Choice, Job, Run, Service, Update, mtp_report, usage_of
+from .service import Choice, Job, Run, Service, Update, usage_of
 from .sse import event
 
 _FINISH = {"stop": "stop", "stop_string": "stop", "length": "length", "tool_calls": "tool_calls"}
@@ -137,7 +137,7 @@ class ChatAnswer:
         return self._object("chat.completion") | {
             "choices": [self._choice(c) for c in choices],
             "usage": usage(choices),
-            "mtp": mtp_report(usage_of(choices), self._body.depth),
+            "mtp": self._run.report(usage_of(choices), self._body.depth),
         }
 
     async def chunks(self) -> AsyncIterator[bytes]:
@@ -157,10 +157,10 @@ class ChatAnswer:
                     delta.setdefault("content", "")
                 yield self._chunk(update.choice.index, delta, None, more, logprobs)
             if update.choice.finish is not None:
-                report = {"mtp": mtp_report(update.choice.stats, self._body.depth)}
+                report = {"mtp": self._run.report(update.choice.stats, self._body.depth)}
                 yield self._chunk(update.choice.index, {}, _FINISH[update.choice.finish], empty | report)
         if with_usage:
-            report = {"usage": usage(choices), "mtp": mtp_report(usage_of(choices), self._body.depth)}
+            report = {"usage": usage(choices), "mtp": self._run.report(usage_of(choices), self._body.depth)}
             yield event(self._object("chat.completion.chunk") | {"choices": []} | report)
         yield event("[DONE]")
 
@@ -264,7 +264,7 @@ class CompletionAnswer:
             }
             for c in choices
         ]
-        report = mtp_report(usage_of(choices), self._body.depth)
+        report = self._run.report(usage_of(choices), self._body.depth)
         return self._object() | {"choices": given, "usage": usage(choices), "mtp": report}
 
     async def collect(self) -> None:
@@ -287,7 +287,7 @@ class CompletionAnswer:
                 "logprobs": self._logprobs(c.index, update.logprobs),
                 "finish_reason": None if c.finish is None else _FINISH[c.finish],
             }
-            more = {"mtp": mtp_report(c.stats, self._body.depth)} if c.finish else {}
+            more = {"mtp": self._run.report(c.stats, self._body.depth)} if c.finish else {}
             if options and options.include_mtp:
                 more["mtp"] = progress(update) | more.get("mtp", {})
             yield event(self._object() | {"choices": [choice]} | empty | more)

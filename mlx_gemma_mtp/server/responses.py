@@ -14,7 +14,7 @@ from . import prompts
 from .errors import ApiError, bad, of_validation
 from .responses_schema import Item, ResponsesRequest
 from .schema import Part
-from .service import Job, Run, Service, mtp_report, usage_of
+from .service import Job, Run, Service, usage_of
 from .sse import event
 
 _PARTS: TypeAdapter[str | list[Part]] = TypeAdapter(str | list[Part])
@@ -67,7 +67,7 @@ class ResponseAnswer:
         return done | {
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "usage": self._usage(),
-            "mtp": mtp_report(usage_of(self._run.choices), self._body.depth),
+            "mtp": self._run.report(usage_of(self._run.choices), self._body.depth),
         }
 
     async def events(self) -> AsyncIterator[bytes]:

@@ -52,7 +52,10 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the server was started with. `models`: names it answers to; `timeout`: seconds for a whole request."""
+    """What the server was started with. `models`: names it answers to; `timeout`: seconds for a whole request.
+
+    `bitwise` and `differing_shapes`: see `generation.Generation`.
+    """
 
     models: tuple[str, ...]
     context: int
@@ -60,6 +63,8 @@ class Settings:
     max_tokens: int = 4096
     timeout: float = 600.0
     log_prompts: bool = False
+    bitwise: bool | None = None
+    differing_shapes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +147,32 @@ class Update:
 class Run:
     """A job under way: iterate over it for updates. `cancel` it whenever it isn't read to its end."""
 
-    def __init__(self, job: Job, choices: list[Choice], streams: list[Stream], codec: TextCodec, metrics: Metrics):
-        self.job, self.choices = job, choices
+    def __init__(
+        self,
+        job: Job,
+        choices: list[Choice],
+        streams: list[Stream],
+        codec: TextCodec,
+        metrics: Metrics,
+        settings: Settings,
+    ) -> None:
+        self.job, self.choices, self._settings = job, choices, settings
         self._streams, self._codec, self._metrics = streams, codec, metrics
         self._begun = time.perf_counter()
+
+    def report(self, stats: SpecStats, depth: int | None) -> dict[str, Any]:
+        """The extension field of every response: what speculation did, and what its output promises."""
+        return {
+            "contract": stats.contract,
+            "bitwise": self._settings.bitwise,
+            "differing_shapes": list(self._settings.differing_shapes),
+            "depth": "auto" if depth is None else depth,
+            "rounds": stats.rounds,
+            "drafted": stats.drafted,
+            "accepted": stats.accepted,
+            "accepted_per_round": round(stats.accepted_per_round, 4),
+            "acceptance_per_position": [round(x, 4) for x in stats.acceptance_per_position],
+        }
 
     def cancel(self) -> None:
         """End all of it. After its end: nothing."""
@@ -309,7 +336,7 @@ class Service:
             raise
         for prompt in job.prompts:
             self.metrics.prompt_tokens(len(prompt))
-        return Run(job, choices, streams, self.codec, self.metrics)
+        return Run(job, choices, streams, self.codec, self.metrics, self.settings)
 
     def _requests(self, job: Job) -> list[Request]:
         context, requests = self.settings.context, list[Request]()
@@ -372,16 +399,3 @@ def _cancel_late(future: asyncio.Future[Stream]) -> None:
 def usage_of(choices: Sequence[Choice]) -> SpecStats:
     """The counters of all outputs."""
     return SpecStats.total(choice.stats for choice in choices)
-
-
-def mtp_report(stats: SpecStats, depth: int | None) -> dict[str, Any]:
-    """The extension field of every response: what speculation did, and what its output promises."""
-    return {
-        "contract": stats.contract,
-        "depth": "auto" if depth is None else depth,
-        "rounds": stats.rounds,
-        "drafted": stats.drafted,
-        "accepted": stats.accepted,
-        "accepted_per_round": round(stats.accepted_per_round, 4),
-        "acceptance_per_position": [round(x, 4) for x in stats.acceptance_per_position],
-    }
