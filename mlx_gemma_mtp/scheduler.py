@@ -24,7 +24,7 @@ from .stats import SpecStats
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerStats:
-    """What a scheduler holds and has done. Bytes are of K/V; `speculation` sums the counters of all requests."""
+    """What a scheduler holds and has done. Bytes are of K/V."""
 
     running: int
     waiting: int
@@ -389,10 +389,8 @@ class Scheduler:
     def _land(self, launched: _Launched) -> list[TokenEvent]:
         """Read a round's tokens: events, counters, and what is over."""
         flight = launched.flight
-        result, offered = (
-            self._speculator.land(flight, self._cache),
-            [min(n, flight.verified - 1) for n in self._offered],
-        )
+        result = self._speculator.land(flight, self._cache)
+        offered = [min(n, flight.verified - 1) for n in self._offered]
         events, outcomes = [], []
         for row, job in enumerate(launched.rows):
             if job is None or job is not self._rows[row]:
