@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx_gemma_mtp.cache import KVCache, row_bucket
 from mlx_gemma_mtp.loading import Loaded
 from mlx_gemma_mtp.speculative import MAX_DEPTH, Block, Speculator
+from mlx_gemma_mtp.tune import filled
 from mlx_gemma_mtp.views import BlockView, CacheSpec, HeldView
 
 ROOM = 256
@@ -126,15 +127,7 @@ class Parts:
 
     def filled(self, rows: int, context: int) -> KVCache:
         """A cache of rows that hold `context` tokens each, with room for `ROOM` more."""
-        cache, others = KVCache(self.spec), []
-        for _ in range(rows):
-            row = KVCache.with_row(self.spec, context + ROOM)
-            row.advance([context])
-            row.rewind([0])  # the device's lengths follow the host's
-            others.append(row)
-        cache.admit(others)
-        mx.eval(cache.arrays)
-        return cache
+        return filled(self.spec, rows, context, ROOM)
 
     def _drafts(self, rows: int, count: int, context: int) -> float:
         key = ("drafts", rows, count, context)

@@ -18,6 +18,7 @@ from .cache import KVCache
 from .costs import DEEPEST, CostFacts, CostModel
 from .scheduler import Pipelined
 from .speculative import Block, Speculator
+from .views import CacheSpec
 
 BATCHES = (1, 2, 4, 8)
 CONTEXTS = (256, 3000)
@@ -114,7 +115,7 @@ def _measure(
     spent: list[list[float]] = [[] for _ in shapes]
     draw = random.Random(0)
     for turn in range(_ROUNDS + 1):
-        cache = _filled(speculator, rows, context)
+        cache = filled(speculator.spec, rows, context)
         for i, (verified, drafted) in enumerate(shapes):
             told((turn * len(shapes) + i) / ((_ROUNDS + 1) * len(shapes)))
             tokens = [[draw.randrange(vocab_size) for _ in range(verified + 1)] for _ in range(rows)]
@@ -148,11 +149,11 @@ def _ahead(speculator: Speculator, cache: KVCache, block: Block, drafted: int) -
     return seconds
 
 
-def _filled(speculator: Speculator, rows: int, context: int) -> KVCache:
-    """A cache of rows that hold `context` tokens each."""
-    cache, others = KVCache(speculator.spec), []
+def filled(spec: CacheSpec, rows: int, context: int, room: int = _ROOM) -> KVCache:
+    """A cache of rows that hold `context` tokens each, with room for `room` more."""
+    cache, others = KVCache(spec), []
     for _ in range(rows):
-        row = KVCache.with_row(speculator.spec, context + _ROOM)
+        row = KVCache.with_row(spec, context + room)
         row.advance([context])
         row.rewind([0])  # the device's lengths follow the host's
         others.append(row)
