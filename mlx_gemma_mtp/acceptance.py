@@ -14,7 +14,8 @@ POSITIONS = 8
 
 _FIRST = 0.65  # of a pair that nothing is known of
 _LOWEST, _HIGHEST = 0.01, 0.99
-_START = 4.0  # what the other requests' rate is worth to a new one, in own samples
+_START = 4.0  # what the other requests' rate is worth to a new one, in own samples,
+_START_ALONE = 1.0  # and what _FIRST is worth where there were none
 _OWN, _ALL = 40.0, 160.0  # samples that a rate remembers
 _STALE = 2.0  # what an old rate is still worth
 _NEIGHBOUR = 6.0  # samples below which a position's rate leans on the one before
@@ -116,7 +117,8 @@ class AcceptanceModel:
         own = [] if request is None else self._own.setdefault(request, [])
         for i in range(min(offered, accepted + 1, POSITIONS)):
             if i == len(own):
-                own.append(Rate(self._guess([r.mean for r in own], i), _START, _OWN, self._now))
+                start = _START if self._all else _START_ALONE
+                own.append(Rate(self._guess([r.mean for r in own], i), start, _OWN, self._now))
             jump = own[i].add(i < accepted, self._now)
             for rate in own[i + 1 :] if jump else ():
                 rate.shift(jump)
@@ -144,6 +146,11 @@ class AcceptanceModel:
                 known.append(min(max(mean, _LOWEST), _HIGHEST))
             self._known[request] = known
         return self._known[request]
+
+    @property
+    def unknown(self) -> bool:
+        """Whether no draft was ever verified."""
+        return not self._all
 
     @property
     def stale(self) -> bool:

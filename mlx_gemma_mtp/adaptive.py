@@ -30,6 +30,7 @@ _CREDIT = 20  # rounds over which a depth that should be better pays for being t
 _BONUS = 4.0  # plain rounds' worth of it when a text has changed
 _SAVINGS = 12.0  # plain rounds' worth that can be put by
 _HORIZON, _PAYBACK = 64, 2.0  # rounds over which a new shape's compilation has to pay, and how many times over
+_OPENING, _OPENING_ROUNDS = 2, 3  # drafts of a pair's first trial, and its rounds
 _TRIAL = 3  # rounds at a depth never measured, besides those that compile
 _REACH = 3  # drafts beyond the deepest ever measured that a trial may go
 _CUT, _UNCUT = 0.2, 0.12  # worth of a draft from which blocks are cut, and below which they no longer are
@@ -92,6 +93,7 @@ class AdaptiveDepth:
         self._news, self._cut = False, False
         self._rival = 0
         self._table: Table | None = None
+        self._compiled: Callable[[int], bool] = bool
         self._view: _View | None = None
 
     @property
@@ -99,9 +101,11 @@ class AdaptiveDepth:
         """See `DepthPolicy`."""
         return self._view.worth(self._depth) if self._cut and self._view is not None else 0.0
 
-    def plan(self, rows: Sequence[RowState], *, width: int, context: int) -> list[int]:
+    def plan(
+        self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]
+    ) -> list[int]:
         """See `DepthPolicy`."""
-        running = self._running
+        running, self._compiled = self._running, compiled
         fresh = not running
         if fresh:
             self._begun.clear()  # of rounds that failed, nothing was told
@@ -208,7 +212,7 @@ class AdaptiveDepth:
         sure = better > _CLEARLY or fresh or moved or rival == self._rival
         self._rival = rival
         saved = (better - 1.0) * min(_HORIZON, 8 * most) * view.seconds[current]
-        if rival and sure and saved >= _PAYBACK * self._traces(table, current, best):
+        if rival and sure and saved >= _PAYBACK * self._traces(current, best):
             current, self._rival = best, 0
             if better > _MUCH:
                 place.renew(16 * _WAIT)
@@ -243,6 +247,10 @@ class AdaptiveDepth:
             self._memory.purse -= max(loss, 0.0)
             place.due[0] = place.rounds + int(_PLAIN_AGAIN * (rate / view.rates[0]) ** 2)
             return _Trial(table, 0, rounds)
+        if current == 0 and self._acceptance.unknown:
+            # What a pair's drafts are like is worth a loan: no reckoning without it finds depths that pay.
+            self._memory.purse -= max(self._loss(view, table, 0, _OPENING, _OPENING_ROUNDS), 0.0)
+            return _Trial(table, _OPENING, _OPENING_ROUNDS)
         deepest = max(k for k in range(DEEPEST + 1) if table.known(k))
         offers = []
         for k in view.depths:
@@ -266,17 +274,15 @@ class AdaptiveDepth:
     def _loss(self, view: _View, table: Table, current: int, k: int, rounds: int) -> float:
         """Seconds that some rounds of another depth are expected to lose, compilations included."""
         lost = rounds * max(view.seconds[k] - view.tokens[k] / view.rates[current], 0.0)
-        back = 0.0 if (k, current) in table.seen else self._memory.trace
+        if not {(current, k), (k, current)} <= table.seen:
+            lost += abs(view.seconds[k] - view.seconds[current])  # a round of the deeper one does for the change
         gain = 0.0 if table.known(k) else max(view.rates[k] / view.rates[current] - 1.0, 0.0)
-        return lost + self._traces(table, current, k) + back - gain * _CREDIT * view.seconds[current]
+        return lost + self._traces(current, k) - gain * _CREDIT * view.seconds[current]
 
-    def _traces(self, table: Table, before: int, after: int) -> float:
-        """Seconds to compile what a change of depth brings."""
-        if before == after:
-            return 0.0
-        stay = (before, before) not in table.seen
-        move = ((before, after) not in table.seen) + ((after, after) not in table.seen)
-        return max(move - stay, 0) * self._memory.trace
+    def _traces(self, before: int, after: int) -> float:
+        """Seconds to compile what a change of depth brings, and staying would not."""
+        more = (not self._compiled(after)) - (not self._compiled(before))
+        return max(more, 0) * self._memory.trace
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,10 +75,13 @@ class DepthPolicy(Protocol):
         A row's block may end behind the first draft at which its chain falls under it. 0: no block is cut.
         """
 
-    def plan(self, rows: Sequence[RowState], *, width: int, context: int) -> list[int]:
+    def plan(
+        self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]
+    ) -> list[int]:
         """Drafts to draw for each row, to be verified in the round behind. `width`: rows of the arrays.
 
-        A row gets its `fixed` where it has one, and 0 where its cap is 0.
+        A row gets its `fixed` where it has one, and 0 where its cap is 0. compiled(K): whether rounds that verify and
+        draft K tokens are there already.
         """
 
     def begin(self) -> None:
@@ -102,7 +105,9 @@ class FixedDepth:
         """See `DepthPolicy`."""
         return 0.0
 
-    def plan(self, rows: Sequence[RowState], *, width: int, context: int) -> list[int]:
+    def plan(
+        self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]
+    ) -> list[int]:
         """See `DepthPolicy`."""
         # Not cut to the cap: another depth is another shape, and each costs a compilation.
         return [0 if r.cap == 0 else self.depth if r.fixed is None else r.fixed for r in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from numbers import Integral
 from typing import Any, Literal
@@ -297,8 +298,11 @@ class Scheduler:
         rows: list[Job | None] = [*jobs, *[None] * free]
         hidden = mx.concatenate([h for _, h in ready] + [ready[0][1]] * free)
         states, context = [self._state(job) for job in jobs], max(len(job.tokens) for job in jobs)
-        depths = [*self._depth.plan(states, width=cache.rows, context=context), *[0] * free]
         sampler = Sampler([None if j is None else j.history for j in rows], self._vocab_size, self._fresh_key())
+        chosen = self._depth.plan(
+            states, width=cache.rows, context=context, compiled=partial(self._speculator.compiled, cache, sampler)
+        )
+        depths = [*chosen, *[0] * free]
         allowed = masks(rows, Block.empty(len(rows)), [0] * len(rows), self._vocab_size)
         first = self._speculator.first(cache, hidden, depths, sampler, allowed, min_chain=self._depth.min_chain)
         events = []
@@ -472,7 +476,12 @@ class Scheduler:
         living = [(row, job) for row, job in enumerate(self._rows) if job is not None]
         states = [self._state(job, certain=2 if ahead else 1) for _, job in living]
         depths = [0] * len(self._rows)
-        chosen = self._depth.plan(states, width=len(self._rows), context=self._context())
+        chosen = self._depth.plan(
+            states,
+            width=len(self._rows),
+            context=self._context(),
+            compiled=partial(self._speculator.compiled, self._cache, self._sampler),
+        )
         for (row, _), depth in zip(living, chosen, strict=True):
             depths[row] = depth
         return depths

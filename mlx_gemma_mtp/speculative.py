@@ -8,8 +8,9 @@ written in the same evaluation, which MLX would answer with a copy. Plain decodi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +26,9 @@ Choose = Callable[[mx.array, "mx.array | None"], mx.array]
 
 _COMPILED = 96
 """Most compiled functions kept: each holds some megabytes, more in deep models."""
+
+_RARE = 2
+"""Changes between two depths that are done by other functions, before they get one of their own."""
 
 MAX_DEPTH = 8
 """Deepest draft: with the row's own token, a block is at most 9 tokens."""
@@ -184,10 +188,12 @@ class Speculator:
         self.traces = 0
         self._compiled = compiled
         self._functions: dict[tuple[str, _Key, tuple[object, ...]], Callable[..., Any]] = {}
+        self._wanted: Counter[tuple[str, _Key, tuple[object, ...]]] = Counter()
 
     def forget(self) -> None:
         """Drop what was compiled, and the weights in it. For the thread that called it: MLX keeps it by thread."""
         self._functions.clear()
+        self._wanted.clear()
 
     @property
     def alone(self) -> bool:
@@ -289,6 +295,8 @@ class Speculator:
         elif not cache.has_room(ahead + block.depth + 1):
             raise ValueError("a round can't be launched ahead into rows that have to grow for it")
         key, limits = self._next(cache, depths, sampler, min_chain)
+        if masks is None and block.depth != key.depth:
+            block, key = self._covered(cache, block, key, ahead)
         law = [] if block.proposal is None else block.proposal.arrays
         shapes = (cache.shape, block.depth, *(a.shape for a in law))
         states = [] if sampler is None else sampler.arrays
@@ -311,6 +319,32 @@ class Speculator:
         result = self._read(flight)
         cache.advance(result.counts, block=flight.verified)
         return result
+
+    def compiled(self, cache: KVCache, sampler: Sampler | None, depth: int) -> bool:
+        """Whether rounds that verify and draft `depth` tokens per row of this cache are compiled, blocks cut or not."""
+        layout = None if sampler is None else sampler.layout
+        keys = [_Key(depth, cache.layout, layout, cut) for cut in (False, True)]
+        return any(("round", key, (cache.shape, depth)) in self._functions for key in keys)
+
+    def _covered(self, cache: KVCache, block: Block, key: _Key, ahead: int) -> tuple[Block, _Key]:
+        """What does the work of a round between two depths: a round of the deeper one, while that saves compiling.
+
+        Its surplus isn't offered. A change that comes often gets a function of its own.
+        """
+        place = ("round", key, (cache.shape, block.depth))
+        deeper = max(block.depth, key.depth)
+        law = key.sampling is not None and key.sampling.distribution
+        if place in self._functions or law or self.shapes is not None or not cache.has_room(ahead + deeper + 1):
+            return block, key
+        covering = replace(key, depth=deeper)
+        # Going up, the deeper function is what the next round needs.
+        if block.depth > key.depth and ("round", covering, (cache.shape, deeper)) not in self._functions:
+            return block, key
+        self._wanted[place] += 1
+        if self._wanted[place] > _RARE:
+            del self._wanted[place]
+            return block, key
+        return block.resized(deeper + 1), covering
 
     def _next(
         self, cache: KVCache, depths: Sequence[int], sampler: Sampler | None, min_chain: float
@@ -344,6 +378,7 @@ class Speculator:
             function = mx.compile(bound) if self._compiled else bound
             if len(self._functions) >= _COMPILED:
                 del self._functions[next(iter(self._functions))]
+                self._wanted.clear()
         self._functions[place] = function
         return function
 

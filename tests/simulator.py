@@ -7,7 +7,7 @@ led them astray.
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -95,10 +95,13 @@ class World:
     def _context(self, round_: int) -> int:
         return self.context + int(self.growth * round_)
 
-    def run(self, policy: DepthPolicy, clock: Clock, *, seed: int = 0) -> Run:
-        """Drive a policy through all rounds."""
+    def run(
+        self, policy: DepthPolicy, clock: Clock, *, seed: int = 0, compiled: set[tuple[int, int]] | None = None
+    ) -> Run:
+        """Drive a policy through all rounds. `compiled`: shapes that need no compilation; it grows."""
         draw, run = random.Random(seed), Run(self)
-        seen: set[tuple[int, int]] = set()
+        seen = set() if compiled is None else compiled
+        wanted: Counter[tuple[int, int]] = Counter()
         waiting: deque[tuple[float, RoundShape, list[RowOutcome]]] = deque()
         block, device = 0, 0.0
         for t in range(self.rounds):
@@ -110,11 +113,14 @@ class World:
                     policy.forget((generation - 1) * self.rows + row)
             ids = [generation * self.rows + row for row in range(self.rows)]
             states = [RowState(request=i, cap=8) for i in ids]
-            depth = max(policy.plan(states, width=self.rows, context=self._context(t)))
+            depths = policy.plan(
+                states, width=self.rows, context=self._context(t), compiled=lambda k: not self.trace or (k, k) in seen
+            )
+            depth = max(depths)
             policy.begin()
-            shape = block, depth
+            shape = self._shape(block, depth, seen, wanted)
             seconds = self.seconds(*shape, t) * (1.0 + self.noise * draw.uniform(-1.0, 1.0))
-            run.add(block, depth, t, traced=shape not in seen)
+            run.add(block, shape, t, traced=shape not in seen)
             seconds += 0.0 if shape in seen else self.trace
             if self.stall_every and t % self.stall_every == self.stall_every - 1:
                 seconds += 10 * self.seconds(0, 0, t)
@@ -122,7 +128,7 @@ class World:
             settled = shape in seen or not self.trace
             seen.add(shape)
             device = max(device, clock.now) + seconds
-            told = RoundShape(rows=self.rows, verified=block, drafted=depth, context=self._context(t), settled=settled)
+            told = RoundShape(rows=self.rows, verified=shape[0], drafted=shape[1], context=self._context(t), settled=settled)
             waiting.append((device, told, outcomes))
             if len(waiting) > self.lag:
                 _deliver(waiting, policy, clock)
@@ -130,6 +136,16 @@ class World:
         while waiting:
             _deliver(waiting, policy, clock)
         return run
+
+    def _shape(
+        self, block: int, depth: int, seen: set[tuple[int, int]], wanted: Counter[tuple[int, int]]
+    ) -> tuple[int, int]:
+        """Drafts verified and drafted: where that isn't compiled, those of a deeper round, as `Speculator` does it."""
+        deeper = max(block, depth)
+        if not self.trace or (block, depth) in seen or (block > depth and (deeper, deeper) not in seen):
+            return block, depth
+        wanted[block, depth] += 1
+        return (block, depth) if wanted[block, depth] > 2 else (deeper, deeper)
 
     def _outcome(self, request: int, row: int, block: int, t: int, draw: random.Random) -> RowOutcome:
         accepted, rates = 0, self.rates(row, t)
@@ -167,11 +183,11 @@ class Run:
     tokens: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
-    def add(self, block: int, depth: int, t: int, *, traced: bool) -> None:
-        """Note a round."""
-        self.depths.append(depth)
+    def add(self, block: int, shape: tuple[int, int], t: int, *, traced: bool) -> None:
+        """Note a round that verified `block` drafts in arrays of a `shape`."""
+        self.depths.append(shape[1])
         self.tokens.append(self.world.expected(block, t))
-        self.seconds.append(self.world.seconds(block, depth, t) + (self.world.trace if traced else 0.0))
+        self.seconds.append(self.world.seconds(*shape, t) + (self.world.trace if traced else 0.0))
 
     def rate(self, first: int = 0, last: int | None = None) -> float:
         """Tokens per second of the rounds from `first` to `last`."""

@@ -16,6 +16,10 @@ from .simulator import Clock, Cost, Rates, Run, World, experts, flat, linear, st
 KINDS: dict[str, Cost] = {"flat": flat, "linear": linear, "stepped": stepped, "experts": experts}
 
 
+def _all(depth: int) -> bool:
+    return True
+
+
 def _run(world: World, seed: int, memory: DepthMemory | None = None) -> Run:
     clock = Clock()
     return world.run(AdaptiveDepth(memory, clock=clock), clock, seed=seed)
@@ -108,7 +112,7 @@ class Book:
         self.policy, self.clock, self.block = policy, clock, 0
 
     def round(self, states: Sequence[RowState], seconds: Cost, accepted: int, context: int = 100) -> list[int]:
-        depths = self.policy.plan(states, width=len(states), context=context)
+        depths = self.policy.plan(states, width=len(states), context=context, compiled=_all)
         self.policy.begin()
         self.clock.now += seconds(len(states), self.block, context) + 0.001 * max(depths)
         shape = RoundShape(rows=len(states), verified=self.block, drafted=max(depths), context=context)
@@ -137,7 +141,7 @@ def test_a_row_that_joins_does_not_change_the_running_blocks() -> None:
     for _ in range(60):
         running = book.round(old, flat, 8)[0]
     assert running > 3
-    assert policy.plan([RowState(request=1, cap=8)], width=1, context=5000) == [running]
+    assert policy.plan([RowState(request=1, cap=8)], width=1, context=5000, compiled=_all) == [running]
 
 
 def test_parking_is_explained() -> None:
@@ -184,7 +188,7 @@ def test_a_failed_round_does_not_shift_the_clock_of_the_next() -> None:
     clock = Clock()
     memory = DepthMemory()
     policy = AdaptiveDepth(memory, clock=clock)
-    policy.plan([RowState(request=0, cap=0)], width=1, context=100)
+    policy.plan([RowState(request=0, cap=0)], width=1, context=100, compiled=_all)
     policy.begin()
     policy.forget(0)
     clock.now += 100.0
@@ -198,7 +202,7 @@ def test_ended_requests_leave_nothing_behind() -> None:
     """The scheduler forgets a request before it tells of its last round."""
     clock = Clock()
     policy = AdaptiveDepth(clock=clock)
-    policy.plan([RowState(request=7, cap=8)], width=1, context=10)
+    policy.plan([RowState(request=7, cap=8)], width=1, context=10, compiled=_all)
     policy.begin()
     policy.forget(7)
     policy.observe(
