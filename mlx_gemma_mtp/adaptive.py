@@ -22,7 +22,8 @@ _EVERY = 4  # rounds from one choice to the next
 _GAIN = 1.015  # how much better another depth has to be, in two choices in a row,
 _GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.005  # than plain decoding, and plain decoding than it
 _MUCH, _CLEARLY = 1.03, 1.25  # better by so much, other depths may be worth trying, or it is taken at once
-_PLAIN_AGAIN = 64  # rounds of drafting after which plain decoding is measured again, times the square of the gain
+_PLAIN_SOON = 16  # rounds of drafting after which plain decoding is measured again, doubling each time, up to
+_PLAIN_AGAIN = 64  # so many times the square of the gain
 _OPTIMISM = 0.9  # standard errors
 _SHARE = 0.004  # of the time spent, for trying other depths
 _FIRST_SHARE, _FIRST_ROUNDS = 0.025, 300  # and of the first rounds
@@ -32,6 +33,7 @@ _SAVINGS = 12.0  # plain rounds' worth that can be put by
 _HORIZON, _PAYBACK = 64, 2.0  # rounds over which a new shape's compilation has to pay, and how many times over
 _OPENING, _OPENING_ROUNDS = 2, 3  # drafts of a pair's first trial, and its rounds
 _TRIAL = 3  # rounds at a depth never measured, besides those that compile
+_PLAIN_TRIAL = 3  # rounds, as the first of them are not launched ahead
 _REACH = 3  # drafts beyond the deepest ever measured that a trial may go
 _CUT, _UNCUT = 0.2, 0.12  # worth of a draft from which blocks are cut, and below which they no longer are
 _WAIT, _LONGEST_WAIT = 4, 256  # rounds from one trial of a depth to its next: doubling
@@ -45,7 +47,7 @@ class _Place:
     depth: int
     rounds: int = 0
     due: list[int] = field(default_factory=lambda: [0] * (DEEPEST + 1))
-    wait: list[int] = field(default_factory=lambda: [_WAIT] * (DEEPEST + 1))
+    wait: list[int] = field(default_factory=lambda: [_PLAIN_SOON] + [_WAIT] * DEEPEST)
 
     def renew(self, longest: int) -> None:
         """What was tried in vain may be worth trying again: after `longest` rounds at most."""
@@ -128,8 +130,6 @@ class AdaptiveDepth:
         table = self._costs.table(shape.rows, shape.context)
         expected = self._costs.level * table.seconds(shape.verified, shape.drafted)
         new = (shape.verified, shape.drafted) not in table.seen
-        if not (new or shape.settled):
-            table.seen.clear()  # the arrays have grown, say: all is compiled anew
         self._costs.observe(shape.rows, shape.verified, shape.drafted, shape.context, seconds, settled=shape.settled)
         if self._costs.measured:
             self._earn(shape, seconds, expected, new=new or not shape.settled)
@@ -240,13 +240,13 @@ class AdaptiveDepth:
         rate, hopes = view.rates[current], view.hopes(self._acceptance)
         if current > 0 and view.least == 0 and place.due[0] <= place.rounds:
             # Costs that grow with the context, say, would else go unseen: all depths' look alike from within.
-            rounds = 1 if {(current, 0), (0, current)} <= table.seen else 2
-            loss = self._loss(view, table, current, 0, rounds)
+            loss = self._loss(view, table, current, 0, _PLAIN_TRIAL)
             if loss > self._memory.purse:
                 return None  # this is saved up for
             self._memory.purse -= max(loss, 0.0)
-            place.due[0] = place.rounds + int(_PLAIN_AGAIN * (rate / view.rates[0]) ** 2)
-            return _Trial(table, 0, rounds)
+            place.due[0] = place.rounds + min(place.wait[0], int(_PLAIN_AGAIN * (rate / view.rates[0]) ** 2))
+            place.wait[0] *= 2
+            return _Trial(table, 0, _PLAIN_TRIAL)
         if current == 0 and self._acceptance.unknown:
             # What a pair's drafts are like is worth a loan: no reckoning without it finds depths that pay.
             self._memory.purse -= max(self._loss(view, table, 0, _OPENING, _OPENING_ROUNDS), 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from numbers import Integral
@@ -104,6 +104,7 @@ class Scheduler:
         self._offered: list[int] = []
         self._pipelined = pipelined
         self._ahead: _Launched | None = None
+        self._planned: dict[int, int] = {}
         self._closing: list[tuple[int, Job]] = []
         self._pending: list[TokenEvent] = []
         self._key = mx.random.key(secrets.randbits(63))
@@ -348,9 +349,17 @@ class Scheduler:
             if self._block is None:
                 self._batch_at_risk = False
                 return []
-            launched = self._launch()
+            planned, self._planned = self._planned, {}
+            running = {job.id for job in self._rows if job is not None}
+            launched = self._launch(planned if running <= planned.keys() else self._plan())
         if self._may_go_ahead(launched.flight):
-            self._ahead = self._launch(ahead=launched.flight.verified)
+            flight, plan = launched.flight, self._plan(ahead=launched.flight.verified)
+            # A CPU's launch waits for room in its queue: rounds of two kinds would hide what each of them takes.
+            if self._pipelined == "all" or (flight.verified == 1 and not any(plan.values())):
+                self._ahead = self._launch(plan, ahead=flight.verified)
+                launched = replace(launched, traced=launched.traced or self._ahead.traced)
+            else:
+                self._planned = plan
         return self._land(launched)
 
     def _settle(self) -> list[TokenEvent]:
@@ -358,12 +367,13 @@ class Scheduler:
         launched, self._ahead = self._ahead, None
         return [] if launched is None else self._land(launched)
 
-    def _launch(self, *, ahead: int = 0) -> _Launched:
+    def _launch(self, plan: dict[int, int], *, ahead: int = 0) -> _Launched:
         """Hand a round to the device, while the last one, if it is on its way, adds up to `ahead` tokens to a row."""
         assert self._block is not None
         self._batch_at_risk = True
         self._block = self._speculator.fitted(self._block)
-        context, traces, depths = self._context(), self._speculator.traces, self._plan(ahead=ahead)
+        context, traces = self._context(), self._speculator.traces
+        depths = [0 if job is None else plan[job.id] for job in self._rows]
         # Of a round that is ahead, what is offered isn't known yet; it has no row with a constraint.
         offered = [min(n, self._block.depth) for n in self._offered]
         allowed = masks(self._rows, self._block, offered, self._vocab_size)
@@ -471,20 +481,17 @@ class Scheduler:
             self._shrink()
         job.cache, job.tokens = None, as_tokens([*job.request.prompt, *job.output])
 
-    def _plan(self, *, ahead: int) -> list[int]:
-        """Drafts to draw for each row in the next round; 0 for free rows."""
-        living = [(row, job) for row, job in enumerate(self._rows) if job is not None]
-        states = [self._state(job, certain=2 if ahead else 1) for _, job in living]
-        depths = [0] * len(self._rows)
+    def _plan(self, *, ahead: int = 0) -> dict[int, int]:
+        """Drafts to draw for each request in the next round."""
+        living = [job for job in self._rows if job is not None]
+        states = [self._state(job, certain=2 if ahead else 1) for job in living]
         chosen = self._depth.plan(
             states,
             width=len(self._rows),
             context=self._context(),
             compiled=partial(self._speculator.compiled, self._cache, self._sampler),
         )
-        for (row, _), depth in zip(living, chosen, strict=True):
-            depths[row] = depth
-        return depths
+        return {job.id: depth for job, depth in zip(living, chosen, strict=True)}
 
     def _state(self, job: Job, *, certain: int = 1) -> RowState:
         # Until these drafts are verified, `certain` tokens at least are given out: they may be all that is asked for.

@@ -145,7 +145,7 @@ class World:
         if not self.trace or (block, depth) in seen or (block > depth and (deeper, deeper) not in seen):
             return block, depth
         wanted[block, depth] += 1
-        return (block, depth) if wanted[block, depth] > 2 else (deeper, deeper)
+        return (block, depth) if wanted[block, depth] > 4 else (deeper, deeper)
 
     def _outcome(self, request: int, row: int, block: int, t: int, draw: random.Random) -> RowOutcome:
         accepted, rates = 0, self.rates(row, t)
