@@ -22,8 +22,8 @@ _EVERY = 4  # rounds from one choice to the next
 _GAIN = 1.015  # how much better another depth has to be, in two choices in a row,
 _GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.005  # than plain decoding, and plain decoding than it
 _MUCH, _CLEARLY = 1.03, 1.25  # better by so much, other depths may be worth trying, or it is taken at once
-_PLAIN_SOON = 16  # rounds of drafting after which plain decoding is measured again, doubling each time, up to
-_PLAIN_AGAIN = 64  # so many times the square of the gain
+_PLAIN_AGAIN = 64  # rounds of drafting after which plain decoding is measured again, times the square of the gain
+_PLAIN_SAMPLES, _PLAIN_SOON = 8, 16  # its samples until then, and rounds while there are fewer
 _OPTIMISM = 0.9  # standard errors
 _SHARE = 0.004  # of the time spent, for trying other depths
 _FIRST_SHARE, _FIRST_ROUNDS = 0.025, 300  # and of the first rounds
@@ -33,7 +33,6 @@ _SAVINGS = 12.0  # plain rounds' worth that can be put by
 _HORIZON, _PAYBACK = 64, 2.0  # rounds over which a new shape's compilation has to pay, and how many times over
 _OPENING, _OPENING_ROUNDS = 2, 3  # drafts of a pair's first trial, and its rounds
 _TRIAL = 3  # rounds at a depth never measured, besides those that compile
-_PLAIN_TRIAL = 3  # rounds, as the first of them are not launched ahead
 _REACH = 3  # drafts beyond the deepest ever measured that a trial may go
 _CUT, _UNCUT = 0.2, 0.12  # worth of a draft from which blocks are cut, and below which they no longer are
 _WAIT, _LONGEST_WAIT = 4, 256  # rounds from one trial of a depth to its next: doubling
@@ -47,7 +46,7 @@ class _Place:
     depth: int
     rounds: int = 0
     due: list[int] = field(default_factory=lambda: [0] * (DEEPEST + 1))
-    wait: list[int] = field(default_factory=lambda: [_PLAIN_SOON] + [_WAIT] * DEEPEST)
+    wait: list[int] = field(default_factory=lambda: [_WAIT] * (DEEPEST + 1))
 
     def renew(self, longest: int) -> None:
         """What was tried in vain may be worth trying again: after `longest` rounds at most."""
@@ -240,13 +239,16 @@ class AdaptiveDepth:
         rate, hopes = view.rates[current], view.hopes(self._acceptance)
         if current > 0 and view.least == 0 and place.due[0] <= place.rounds:
             # Costs that grow with the context, say, would else go unseen: all depths' look alike from within.
-            loss = self._loss(view, table, current, 0, _PLAIN_TRIAL)
-            if loss > self._memory.purse:
+            doubtful = table.samples[0] < _PLAIN_SAMPLES
+            # The first plain rounds behind others are not launched ahead, which the usual ones may be.
+            rounds = 3 if doubtful else 1 if {(current, 0), (0, current)} <= table.seen else 2
+            loss, again = self._loss(view, table, current, 0, rounds), int(_PLAIN_AGAIN * (rate / view.rates[0]) ** 2)
+            if loss <= self._memory.purse:
+                self._memory.purse -= max(loss, 0.0)
+                place.due[0] = place.rounds + (min(_PLAIN_SOON, again) if doubtful else again)
+                return _Trial(table, 0, rounds)
+            if not doubtful:
                 return None  # this is saved up for
-            self._memory.purse -= max(loss, 0.0)
-            place.due[0] = place.rounds + min(place.wait[0], int(_PLAIN_AGAIN * (rate / view.rates[0]) ** 2))
-            place.wait[0] *= 2
-            return _Trial(table, 0, _PLAIN_TRIAL)
         if current == 0 and self._acceptance.unknown:
             # What a pair's drafts are like is worth a loan: no reckoning without it finds depths that pay.
             self._memory.purse -= max(self._loss(view, table, 0, _OPENING, _OPENING_ROUNDS), 0.0)
