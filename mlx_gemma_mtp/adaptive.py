@@ -20,7 +20,7 @@ from .depth import DepthChoice, FixedDepth, RoundShape, RowOutcome, RowState
 _DEPTHS = (0, 1, 2, 3, 4, 6, 8)  # few, as each is a shape to compile
 _EVERY = 4  # rounds from one choice to the next
 _GAIN = 1.015  # how much better another depth has to be, in two choices in a row,
-_GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.005  # than plain decoding, and plain decoding than it
+_GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.01  # than plain decoding, and plain decoding than it
 _MUCH, _CLEARLY = 1.03, 1.25  # better by so much, other depths may be worth trying, or it is taken at once
 _PLAIN_AGAIN = 64  # rounds of drafting after which plain decoding is measured again, times the square of the gain
 _PLAIN_SAMPLES, _PLAIN_SOON = 8, 16  # its samples until then, and rounds while there are fewer
@@ -102,9 +102,7 @@ class AdaptiveDepth:
         """See `DepthPolicy`."""
         return self._view.worth(self._depth) if self._cut and self._view is not None else 0.0
 
-    def plan(
-        self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]
-    ) -> list[int]:
+    def plan(self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]) -> list[int]:
         """See `DepthPolicy`."""
         running, self._compiled = self._running, compiled
         fresh = not running
@@ -250,8 +248,7 @@ class AdaptiveDepth:
             if not doubtful:
                 return None  # this is saved up for
         if current == 0 and self._acceptance.unknown:
-            # What a pair's drafts are like is worth a loan: no reckoning without it finds depths that pay.
-            self._memory.purse -= max(self._loss(view, table, 0, _OPENING, _OPENING_ROUNDS), 0.0)
+            # Once per process, and not paid for: no reckoning finds depths that pay without any drafts.
             return _Trial(table, _OPENING, _OPENING_ROUNDS)
         deepest = max(k for k in range(DEEPEST + 1) if table.known(k))
         offers = []
@@ -263,8 +260,9 @@ class AdaptiveDepth:
                 offers.append((value, loss, k, rounds))
         offers.sort(reverse=True)
         if current == 0 and self._acceptance.stale and (not offers or offers[0][1] > self._memory.purse):
-            # One draft tells whether the text has changed, at the least cost, though it may not pay itself.
-            offers = [(0.0, self._loss(view, table, 0, 1, 1), 1, 1)] if place.due[1] <= place.rounds else []
+            # Few drafts tell whether the text has changed, at the least cost, though it may not pay itself.
+            k = next((k for k in (1, _OPENING) if self._compiled(k)), 1)
+            offers = [(0.0, self._loss(view, table, 0, k, 1), k, 1)] if place.due[k] <= place.rounds else []
         if not offers or offers[0][1] > self._memory.purse:
             return None
         _, loss, k, rounds = offers[0]

@@ -75,9 +75,7 @@ class DepthPolicy(Protocol):
         A row's block may end behind the first draft at which its chain falls under it. 0: no block is cut.
         """
 
-    def plan(
-        self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]
-    ) -> list[int]:
+    def plan(self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]) -> list[int]:
         """Drafts to draw for each row, to be verified in the round behind. `width`: rows of the arrays.
 
         A row gets its `fixed` where it has one, and 0 where its cap is 0. compiled(K): whether rounds that verify and
@@ -105,9 +103,7 @@ class FixedDepth:
         """See `DepthPolicy`."""
         return 0.0
 
-    def plan(
-        self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]
-    ) -> list[int]:
+    def plan(self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]) -> list[int]:
         """See `DepthPolicy`."""
         # Not cut to the cap: another depth is another shape, and each costs a compilation.
         return [0 if r.cap == 0 else self.depth if r.fixed is None else r.fixed for r in rows]

@@ -128,7 +128,9 @@ class World:
             settled = shape in seen or not self.trace
             seen.add(shape)
             device = max(device, clock.now) + seconds
-            told = RoundShape(rows=self.rows, verified=shape[0], drafted=shape[1], context=self._context(t), settled=settled)
+            told = RoundShape(
+                rows=self.rows, verified=shape[0], drafted=shape[1], context=self._context(t), settled=settled
+            )
             waiting.append((device, told, outcomes))
             if len(waiting) > self.lag:
                 _deliver(waiting, policy, clock)

@@ -45,9 +45,9 @@ def _tuned(world: World) -> DepthMemory:
 def test_regret_and_plain(kind: str, rate: float) -> None:
     """Over 2,000 rounds, with noise of 15% and a stall every 50 rounds."""
     world = World(cost=KINDS[kind], rates=steady(rate), stall_every=50)
-    best, rates = _best(world), [_run(world, seed).rate() for seed in (0, 1)]
-    assert min(rates) >= 0.97 * best[1], f"best is {best[0]}"
-    assert best[0] or min(rates) >= 0.98 * best[1], "no depth pays"
+    (best, most), rates = _best(world), [_run(world, seed).rate() for seed in range(4)]
+    assert sum(rates) / 4 >= (0.97 if best else 0.98) * most, f"best is {best}"
+    assert min(rates) >= 0.95 * most, "bad luck costs little more"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,6 +96,24 @@ def test_short_requests_cost_little_in_a_fresh_process() -> None:
     plain = Clock()
     fixed = world.run(FixedDepth(0), plain)
     assert _run(world, 0).rate() >= 0.75 * fixed.rate()
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.98])
+def test_a_profile_without_rates_is_soon_worth_something(rate: float) -> None:
+    """Requests of 64 rounds, costs of a pair measured on a CPU; only drafts tell that eight of them pay, or none."""
+    costs = (3.8, 5.6, 7.3, 8.7, 11.3, 11.7, 12.0, 13.9, 15.5)
+    world = World(
+        cost=lambda rows, k, context: 1e-3 * costs[k], draft=0.0012, rates=steady(rate), rounds=64, trace=0.025
+    )
+    found = []
+    for seed in range(3):
+        memory, compiled = _tuned(world), set[tuple[int, int]]()
+        for i in range(9):
+            clock = Clock()
+            policy = AdaptiveDepth(memory, clock=clock)
+            found.append(world.run(policy, clock, seed=10 * seed + i, compiled=compiled).rate())
+    later = [rate for i, rate in enumerate(found) if i % 9 >= 6]
+    assert sum(later) / len(later) >= 0.94 * _best(world)[1]
 
 
 def test_short_requests_learn_from_each_other() -> None:
