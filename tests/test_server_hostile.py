@@ -116,8 +116,9 @@ def test_a_reader_that_does_not_read(live: Live) -> None:
         client.sendall(post(json.dumps(body | {"logprobs": True}).encode()))
         readers.append(client)
     end = time.monotonic() + 20
-    while live.engine.stats().running < 2 and time.monotonic() < end:
+    while (running := live.engine.stats().running) < 2 and time.monotonic() < end:
         time.sleep(0.02)
+    assert running == 2
     live.wait_idle(60)
     for client in readers:
         client.close()
