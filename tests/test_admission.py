@@ -204,7 +204,7 @@ def test_prompts_that_begin_alike_share_an_entry_and_its_lengths() -> None:
     scheduler, prompt = _scheduler(prefix_cache=1 << 20), _prompt(300)
     for length, new in ((200, 200), (300, 100), (100, 100)):
         assert _computed(scheduler, prompt[:length]) == new
-    assert scheduler.stats().prefix_entries == 1
+        assert scheduler.stats().prefix_entries == 1
     for length in (100, 200, 298):
         assert _computed(scheduler, _parting(prompt, length)) == 2
 
@@ -306,6 +306,20 @@ def test_the_least_recently_used_prefix_goes_first() -> None:
         assert scheduler.stats().prefix_bytes <= 2 * one + 10
     # 1 was used when 3 came, so 2 had to go.
     assert scheduler.stats().prefix_hits == 2
+
+
+def test_a_prefix_that_a_running_row_uses_is_not_the_least_recently_used() -> None:
+    one = SPEC.ring_bytes() + 40 * SPEC.bytes_per_token() + 40 * 4
+    scheduler = _scheduler(prefix_cache=2 * one + 10)
+    for seed in (1, 2):
+        assert _computed(scheduler, _prompt(40, seed)) == 40
+    scheduler.add(Request(prompt=[*_prompt(40, 1), 3, 4], max_tokens=300))
+    other, _ = scheduler.add(Request(prompt=_prompt(40, 3), max_tokens=1))
+    while other in scheduler:
+        scheduler.step()
+    _, stats = scheduler.add(Request(prompt=[*_prompt(40, 1), 5], max_tokens=1))
+    _run(scheduler)
+    assert stats.reused == 40
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:

@@ -109,24 +109,21 @@ def test_unknown_models_are_404_in_either_apis_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "says"),
+    ("schema", "status"),
     [
-        ({"type": "object", "if": {}}, "'if'"),
-        ({"type": "teapot"}, "teapot"),
-        ({"type": "string", "pattern": "("}, ""),
-        ({"$ref": "#/nowhere"}, ""),
+        ({"type": "object", "if": {}}, 422),
+        ({"type": "teapot"}, 200),
+        ({"type": "string", "pattern": "("}, 200),
+        ({"$ref": "#/nowhere"}, 200),
     ],
 )
-def test_a_schema_that_can_not_be_enforced_is_422(schema: dict[str, Any], says: str) -> None:
+def test_a_schema_that_can_not_be_enforced_is_422(schema: dict[str, Any], status: int) -> None:
     """Compiling happens in the engine: the true one's refusals are in test_server_live."""
-    fake = Fake()
-    got = fake.chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
-    if "if" in schema:
-        assert got.status_code == 422
-        assert says in got.json()["error"]["message"]
-        assert got.json()["error"]["param"] == "response_format.json_schema.schema"
-    else:
-        assert got.status_code == 200
+    got = Fake().chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    assert got.status_code == status
+    error = got.json().get("error", {})
+    assert error.get("param") == (None if status == 200 else "response_format.json_schema.schema")
+    assert status == 200 or "'if'" in error["message"]
 
 
 def test_the_engines_refusals_keep_their_words() -> None:
