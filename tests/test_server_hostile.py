@@ -107,7 +107,10 @@ def test_a_large_body_is_no_head(live: Live) -> None:
     with connect(live) as client:
         for _ in range(5):
             client.sendall(question)
-            assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+            got = b""
+            while not got.endswith(b"}"):
+                got += client.recv(65536)
+            assert got.startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("data", [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\r\n" * 1000, b"A" * 200_000])
