@@ -51,11 +51,10 @@ class Experts:
         return chosen, weights / weights.sum(axis=-1, keepdims=True) * self.expert_scale[chosen]
 
     def __call__(self, x: mx.array, dense: mx.array) -> mx.array:
-        """x (R, L, hidden): the residual stream; dense: the dense MLP's output. Returns both branches' sum, normed."""
+        """x (N, hidden): the residual stream; dense: the dense MLP's output. Returns both branches' sum, normed."""
         after_dense, before_experts, after_experts = self.norms
-        flat = x.reshape(-1, self.hidden)
-        chosen, weights = self.route(flat)
-        tokens = rms_norm(flat, before_experts, self.eps)
+        chosen, weights = self.route(x)
+        tokens = rms_norm(x, before_experts, self.eps)
         order = None
         pairs, index = tokens[:, None, None, :], chosen
         if chosen.size >= _SORT_FROM:
@@ -66,5 +65,5 @@ class Experts:
         if order is not None:
             out = out[mx.argsort(order)]
         out = out.reshape(*chosen.shape, self.hidden)
-        mixed = (out * weights[..., None].astype(out.dtype)).sum(axis=1).reshape(x.shape)
+        mixed = (out * weights[..., None].astype(out.dtype)).sum(axis=1)
         return rms_norm(dense, after_dense, self.eps) + rms_norm(mixed, after_experts, self.eps)
