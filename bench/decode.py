@@ -65,7 +65,7 @@ class Target:
 
 
 def targets(depths: Sequence[int]) -> list[Target]:
-    """Plain 1.2 times mlx-lm, and twice mlx-vlm in a ragged batch; drafts 1.5 and 6 times mlx-vlm's of the same depth."""
+    """Plain 1.2 times mlx-lm, 2 times mlx-vlm in a ragged batch; drafts 1.5 and 6 times mlx-vlm's of the same depth."""
     found = []
     if 0 in depths:
         found.append(Target("one", Arm("ours", 0), Arm("mlx-lm", 0), 1.2))

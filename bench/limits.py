@@ -76,7 +76,7 @@ def merged(runs: dict[str, Any], task: Task, found: Mapping[str, Any]) -> None:
     if task.what == "host":
         run["host"] = found["host"]
     else:
-        empty = {"parameters": None, "configurations": [], "parts": {}, "memory": []}
+        empty: dict[str, Any] = {"parameters": None, "configurations": [], "parts": {}, "memory": []}
         run["pairs"].setdefault(task.pair, empty).update(found)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,9 +84,10 @@ def configuration(parts: Parts, decoding: Decoding, rows: int, depth: int, args:
     context = args.context
 
     def rounds() -> int:
-        return max(min(args.rounds, parts.count(parts.last["forward", rows, depth + 1, context])), 2)
+        most: int = args.rounds
+        return max(min(most, parts.count(parts.last["forward", rows, depth + 1, context])), 2)
 
-    measures = {
+    measures: dict[str, Callable[[], float]] = {
         "forward": lambda: parts.forward(rows, depth + 1, context),
         "step": lambda: parts.step(rows, context) if depth else 0.0,
         "achieved": lambda: decoding.sample(rounds()),

@@ -51,10 +51,11 @@ class Experts:
         return chosen, weights / weights.sum(axis=-1, keepdims=True) * self.expert_scale[chosen]
 
     def __call__(self, x: mx.array, dense: mx.array) -> mx.array:
-        """x (N, hidden): the residual stream; dense: the dense MLP's output. Returns both branches' sum, normed."""
+        """x (..., hidden): the residual stream; dense: the dense MLP's output. Returns both branches' sum, normed."""
         after_dense, before_experts, after_experts = self.norms
-        chosen, weights = self.route(x)
-        tokens = rms_norm(x, before_experts, self.eps)
+        flat = x.reshape(-1, self.hidden)
+        chosen, weights = self.route(flat)
+        tokens = rms_norm(flat, before_experts, self.eps)
         order = None
         pairs, index = tokens[:, None, None, :], chosen
         if chosen.size >= _SORT_FROM:
@@ -65,5 +66,5 @@ class Experts:
         if order is not None:
             out = out[mx.argsort(order)]
         out = out.reshape(*chosen.shape, self.hidden)
-        mixed = (out * weights[..., None].astype(out.dtype)).sum(axis=1)
+        mixed = (out * weights[..., None].astype(out.dtype)).sum(axis=1).reshape(x.shape)
         return rms_norm(dense, after_dense, self.eps) + rms_norm(mixed, after_experts, self.eps)
