@@ -22,7 +22,6 @@ from .views import CacheSpec
 
 BATCHES = (1, 2, 4, 8)
 CONTEXTS = (256, 3000)
-ACCEPTANCES = (0.5, 0.6, 0.7, 0.8, 0.9)
 _ROUNDS = 5  # timed, behind one that compiles
 _AHEAD = 2  # rounds timed together where they are launched ahead
 _ROOM = 200  # tokens that come in each turn at most

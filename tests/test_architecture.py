@@ -24,7 +24,8 @@ LEVELS: dict[str, float] = {
     "text": 4, "stops": 4.5, "tool_grammar": 4.5, "tool_calls": 4.6, "constraints": 4.5, "generation": 4.8,
     "runtime": 5, "handle": 5.2, "engine": 5.5,
     "verify": 6, "convert": 6, "benchmark": 6,
-    "server": 7, "verify_cli": 7, "tune_cli": 7, "bench_cli": 7.5, "serve_cli": 7.5,
+    "server": 7, "terminal": 7, "cli_options": 7.2, "generate_cli": 7.5, "chat_cli": 7.5, "info_cli": 7.5,
+    "verify_cli": 7.5, "serve_cli": 7.5, "tune_cli": 7.5, "bench_cli": 7.6,
     "cli": 8,
 }  # fmt: skip
 WITHOUT_MLX = ("config", "request", "stats", "generation_config", "convert.names", "acceptance", "costs", "depth",
