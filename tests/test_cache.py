@@ -44,6 +44,13 @@ def _filled(length: int) -> KVCache:
     return cache
 
 
+def test_a_prompt_outgrows_its_row() -> None:
+    prompt, speculator, cache = [(3 * i) % 11 for i in range(1100)], fake_speculator(), KVCache.with_row(SPEC, 20)
+    speculator.prefill(cache, prompt[:20])
+    hidden = speculator.prefill(cache, prompt[20:])
+    assert hidden.tolist() == [[sum(prompt), sum(prompt[-WINDOW:]), 1099]]
+
+
 def test_bytes_follow_each_rows_own_length() -> None:
     cache = KVCache(SPEC)
     cache.admit([_filled(20) for _ in range(3)])
