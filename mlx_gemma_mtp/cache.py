@@ -190,9 +190,7 @@ class KVCache:
 
     def capacity(self, row: int) -> int:
         """Positions that `row` has room for in layers without a window (0 if there are none)."""
-        group = next(g for g, members in enumerate(self._groups) if row in members)
-        arrays = CacheArrays(self.spec, self.layout, self.arrays).groups[group]
-        return int(arrays[0].shape[2]) if arrays else 0
+        return next(self.shape[g][1] for g, members in enumerate(self._groups) if row in members)
 
     def admit(self, others: Sequence[KVCache]) -> list[int]:
         """Move the open rows of `others` into this cache (they are empty afterwards); returns their rows here."""

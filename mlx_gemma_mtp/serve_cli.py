@@ -36,6 +36,7 @@ from .terminal import note
 if TYPE_CHECKING:
     from types import FrameType
 
+    import uvicorn
     from starlette.types import ASGIApp
 
     from .engine import Engine
@@ -238,12 +239,11 @@ def make_app(service: Service, options: Options) -> ASGIApp:
     )
 
 
-def run(service: Service, app: ASGIApp, bound: socket.socket, options: Options) -> None:
-    """Serve on `bound` until SIGTERM or SIGINT; answers under way may take `drain` seconds more."""
+def make_server(service: Service, app: ASGIApp, options: Options) -> uvicorn.Server:
+    """What serves the application."""
     import uvicorn
 
-    # uvicorn sends the signal that ended it again, when it is done: the engine has to be shut down first.
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    from .server.wire import Protocol
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -257,11 +257,18 @@ def run(service: Service, app: ASGIApp, bound: socket.socket, options: Options) 
         server_header=False,
         proxy_headers=False,
         ws="none",
-        http="h11",
+        http=Protocol,
         timeout_graceful_shutdown=int(options.drain),
         timeout_keep_alive=30,
     )
-    Server(config).run(sockets=[bound])
+    return Server(config)
+
+
+def run(service: Service, app: ASGIApp, bound: socket.socket, options: Options) -> None:
+    """Serve on `bound` until SIGTERM or SIGINT; answers under way may take `drain` seconds more."""
+    # uvicorn sends the signal that ended it again, when it is done: the engine has to be shut down first.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    make_server(service, app, options).run(sockets=[bound])
 
 
 def show_logs() -> None:

@@ -83,9 +83,12 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array
     batch, heads, length, dim = q.shape
     groups = k.shape[1]
     scores = q.reshape(batch, groups, -1, dim) @ k.swapaxes(-1, -2)
-    scores = scores.reshape(batch, groups, heads // groups, length, -1)
-    scores = mx.where(mask[:, :, None], scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
-    weights = mx.softmax(scores, axis=-1, precise=True).reshape(batch, groups, -1, k.shape[2])
+    least = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
+    if length == 1:
+        weights = mx.softmax(mx.where(mask, scores, least), axis=-1, precise=True)
+    else:
+        scores = mx.where(mask[:, :, None], scores.reshape(batch, groups, heads // groups, length, -1), least)
+        weights = mx.softmax(scores, axis=-1, precise=True).reshape(batch, groups, -1, k.shape[2])
     return (weights @ v).reshape(batch, heads, length, dim)
 
 
