@@ -169,7 +169,7 @@ class Parts:
 
     def count(self, seconds: float) -> int:
         """How many runs of so many seconds make a sample."""
-        return max(min(self.queue, int(self.sample_s / max(seconds, 1e-9))), 2)
+        return max(min(self.queue, int(self.sample_s / max(seconds, 1e-9))), 1)
 
     def _rounds(self, rows: int, depth: int, context: int) -> int:
         return min(self.count(self.last["forward", rows, depth + 1, context]), ROOM // (depth + 1) - 2)
