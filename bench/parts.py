@@ -91,6 +91,28 @@ class Parts:
             self.states[key] = list(cache.arrays)
         return self._timed(key)
 
+    def attention(self, block: int, context: int, *, windows: bool) -> float:
+        """Seconds of one row's K/V writes and attention alone, in all layers with a window or in all without one."""
+        key = ("attention", block, context, windows)
+        if key not in self.functions:
+            cache, spec = self.filled(1, context), self.spec
+            layout, slots = cache.layout, self.spec.slots
+            layers = [x for x in self.loaded.config.layers if (slots[x.kv_slot].window is not None) == windows]
+            fresh = {x.kv_slot: mx.ones((1, slots[x.kv_slot].kv_heads, block, x.head_dim), spec.dtype) for x in layers}
+            asks = [mx.ones((1, x.heads, block, x.head_dim), spec.dtype) for x in layers]
+
+            def run(state: State) -> State:
+                view, total = BlockView(spec, layout, state[1:], block), mx.zeros((1,))
+                for x, q in zip(layers, asks, strict=True):
+                    kv = (fresh[x.kv_slot], fresh[x.kv_slot]) if x.writes_kv else None
+                    # One layer behind the other, as in a forward.
+                    total = view.attend(x.kv_slot, q + 0.0 * total, kv).sum(keepdims=True).reshape(1)
+                return [total, *view.arrays_after(mx.zeros_like(view.lengths))]
+
+            self.functions[key] = mx.compile(run)
+            self.states[key] = [mx.zeros((1,)), *cache.arrays]
+        return self._timed(key)
+
     def step(self, rows: int, context: int) -> float:
         """Seconds that one more drafter step costs inside one graph."""
         few, many = (self._drafts(rows, n, context) for n in (_FEW, _MANY))
@@ -147,7 +169,7 @@ class Parts:
 
     def count(self, seconds: float) -> int:
         """How many runs of so many seconds make a sample."""
-        return max(min(self.queue, int(self.sample_s / max(seconds, 1e-9))), 2)
+        return max(min(self.queue, int(self.sample_s / max(seconds, 1e-9))), 1)
 
     def _rounds(self, rows: int, depth: int, context: int) -> int:
         return min(self.count(self.last["forward", rows, depth + 1, context]), ROOM // (depth + 1) - 2)
