@@ -1,4 +1,4 @@
-"""What the parts of a round cost, each as a compiled function queued many times over: no waiting in between.
+"""What the parts of a round cost, each as a compiled function queued behind itself: the device never waits.
 
 Keys and values are zeros: how long a part takes does not depend on them. Knows no requests, records or tables.
 """
@@ -91,6 +91,28 @@ class Parts:
             self.states[key] = list(cache.arrays)
         return self._timed(key)
 
+    def attention(self, block: int, context: int, *, windows: bool) -> float:
+        """Seconds of one row's K/V writes and attention alone, in all layers with a window or in all without one."""
+        key = ("attention", block, context, windows)
+        if key not in self.functions:
+            cache, spec = self.filled(1, context), self.spec
+            layout, slots = cache.layout, self.spec.slots
+            layers = [x for x in self.loaded.config.layers if (slots[x.kv_slot].window is not None) == windows]
+            fresh = {x.kv_slot: mx.ones((1, slots[x.kv_slot].kv_heads, block, x.head_dim), spec.dtype) for x in layers}
+            asks = [mx.ones((1, x.heads, block, x.head_dim), spec.dtype) for x in layers]
+
+            def run(state: State) -> State:
+                view, total = BlockView(spec, layout, state[1:], block), mx.zeros((1,))
+                for x, q in zip(layers, asks, strict=True):
+                    kv = (fresh[x.kv_slot], fresh[x.kv_slot]) if x.writes_kv else None
+                    # One layer behind the other, as in a forward.
+                    total = view.attend(x.kv_slot, q + 0.0 * total, kv).sum(keepdims=True).reshape(1)
+                return [total, *view.arrays_after(mx.zeros_like(view.lengths))]
+
+            self.functions[key] = mx.compile(run)
+            self.states[key] = [mx.zeros((1,)), *cache.arrays]
+        return self._timed(key)
+
     def step(self, rows: int, context: int) -> float:
         """Seconds that one more drafter step costs inside one graph."""
         few, many = (self._drafts(rows, n, context) for n in (_FEW, _MANY))
@@ -108,8 +130,8 @@ class Parts:
         """Seconds of a whole round (verify, accept, draft) of which nobody reads the tokens. Behind `forward`."""
         cache, block = self.filled(rows, context), self._block(rows, depth)
         count = self._rounds(rows, depth, context)
-        for n in range(count + 2):
-            if n == 2:
+        for n in range(count + 1):
+            if n == 1:
                 mx.eval(block.tokens, cache.arrays)
                 begin = time.perf_counter()
             block = self.speculator.launch(cache, block, [depth] * rows).block
@@ -119,11 +141,11 @@ class Parts:
     def read_round(self, rows: int, depth: int, context: int) -> float:
         """Seconds of a whole round whose tokens are read before the next one is launched. Behind `forward`."""
         cache, block, spent = self.filled(rows, context), self._block(rows, depth), []
-        for _ in range(self._rounds(rows, depth, context) + 2):
+        for _ in range(self._rounds(rows, depth, context) + 1):
             begin = time.perf_counter()
             block = self.speculator.run_round(cache, block, [depth] * rows).block
             spent.append(time.perf_counter() - begin)
-        return statistics.fmean(spent[2:])
+        return statistics.fmean(spent[1:])
 
     def filled(self, rows: int, context: int) -> KVCache:
         """A cache of rows that hold `context` tokens each, with room for `ROOM` more."""
@@ -147,7 +169,7 @@ class Parts:
 
     def count(self, seconds: float) -> int:
         """How many runs of so many seconds make a sample."""
-        return max(min(self.queue, int(self.sample_s / max(seconds, 1e-9))), 2)
+        return max(min(self.queue, int(self.sample_s / max(seconds, 1e-9))), 1)
 
     def _rounds(self, rows: int, depth: int, context: int) -> int:
         return min(self.count(self.last["forward", rows, depth + 1, context]), ROOM // (depth + 1) - 2)
@@ -157,12 +179,12 @@ class Parts:
         run, state = self.functions[key], self.states.pop(key)
         mx.eval(state)
         if key not in self.last:
-            state = run(state)
-            mx.eval(state)
-        begin = time.perf_counter()
-        state = run(state)
-        mx.eval(state)
-        count = self.count(time.perf_counter() - begin)
+            for _ in range(2):  # the first run compiles
+                begin = time.perf_counter()
+                state = run(state)
+                mx.eval(state)
+            self.last[key] = time.perf_counter() - begin
+        count = self.count(self.last[key])
         begin = time.perf_counter()
         for _ in range(count):
             state = run(state)

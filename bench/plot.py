@@ -2,7 +2,8 @@
 
     pip install -e '.[plot]' && python bench/plot.py [RECORD.json ...] [--out bench/plots]
 
-Speed by batch, by depth and by acceptance; time to the first token; acceptance by position; memory by context:
+Speed by batch, by depth and by acceptance; time to the first token; acceptance by position; cost and memory by
+context:
 whatever the records hold. See mlx_gemma_mtp/benchmark/plots.py.
 """
 
@@ -17,7 +18,7 @@ from tables import RESULTS, TableError, newest
 
 from mlx_gemma_mtp.benchmark.plots import draw, plots_of
 
-BENCHMARKS = ("bench", "decode", "limits", "serve", "acceptance")
+BENCHMARKS = ("bench", "decode", "limits", "context", "serve", "acceptance")
 
 
 def main() -> int:

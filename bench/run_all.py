@@ -46,6 +46,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     few = {
         "limits": ("--repeats", "2", "--batches", "1", "--depths", "0,3", "--contexts", "1024"),
         "decode": ("--repeats", "1", "--new", "16"),
+        "context": ("--repeats", "1", "--contexts", "1024,8192", "--quick"),
         "serve": ("--repeats", "1", "--new", "16", "--warmups", "1", "--scenarios", "batch", "--batches", "1,4"),
         "depth": ("--repeats", "2", "--new", "32", "--batches", "1", "--deepest", "2"),
         "shared-noise": ("--repeats", "1", "--temperatures", "0.8", "--tokens", "32"),
@@ -58,6 +59,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
         return Job(name=name, command=command, preload=preload)
 
     found = [job("limits", "limits.py", *both), job("decode", "decode.py", "--depths", "0,1,2,3,4", *both, *peers)]
+    found.append(job("context", "context.py", *both))
     for pair in ("demo", "random"):
         for b in blas:
             preload = openblas if b == "openblas" else None
@@ -86,7 +88,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", default="", help="limits, decode, depth, serve, acceptance, shared-noise, convert, tables, plots")
+    add(
+        "--only",
+        default="",
+        help="limits, decode, context, depth, serve, acceptance, shared-noise, convert, tables, plots",
+    )
     add("--blas", default="mlx,openblas", help="which to measure with (default: %(default)s)")
     add("--peers-python", default=sys.executable, help="the Python that has mlx-vlm (default: this one)")
     add("--e2b", type=Path, metavar="DIR", help="the checkpoint to convert; without it that benchmark is left out")

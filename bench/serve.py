@@ -227,20 +227,36 @@ def measure_acceptance(
 def measure_http(
     pair: Pair, prompts: list[list[int]], args: argparse.Namespace, preload: Path | None
 ) -> dict[str, Any]:
-    """What HTTP and text cost: tokens per second of 8 streams through the server and straight from the engine."""
+    """What HTTP and text cost: tokens per second of 8 streams through the server and straight from its engine.
+
+    The two ways take turns in one process. Streams are as long as elsewhere, and four times as long: of short ones,
+    much is their start, when requests that come one after the other take more steps than those submitted together.
+    """
     scenario = Scenario("", cycled(prompts, ROWS), [0.0] * ROWS, ROWS)
-    rates: dict[str, list[float]] = {"ours": [], "ours-http": []}
-    with contextlib.ExitStack() as stack:
-        workers = {name: stack.enter_context(started_ours(name, pair, args, preload)) for name in rates}
-        for repeat in range(args.warmups + args.http):
-            for name in list(rates) if repeat % 2 else reversed(rates):
-                sample = Sample(workers[name].ask(scenario.request(args.new)), scenario.arrivals)
-                rates[name] += [sample.rate] if repeat >= args.warmups else []
-    ratios = [h / e for h, e in zip(rates["ours-http"], rates["ours"], strict=True)]
+    found: dict[str, Any] = {"depth": args.peer_depth, "repeats": args.http}
+    with started_ours("ours-http", pair, args, preload) as worker:
+        for new in (args.new, 4 * args.new):
+            answers = [worker.ask(scenario.request(new)) for _ in range(args.warmups + args.http)][args.warmups :]
+            found[f"{new} tokens"] = {
+                "overhead": round(statistics.median(_overhead(a, scenario) for a in answers), 4),
+                **{way: _way([a[way] for a in answers], scenario) for way in ("engine", "http")},
+            }
+    return found | {"overhead": found[f"{4 * args.new} tokens"]["overhead"]}
+
+
+def _overhead(answer: Mapping[str, Any], scenario: Scenario) -> float:
+    return 1 - Sample(answer["http"], scenario.arrivals).rate / Sample(answer["engine"], scenario.arrivals).rate
+
+
+def _way(runs: Sequence[dict[str, Any]], scenario: Scenario) -> dict[str, Any]:
+    """Throughput; medians of the engine's steps and of processor seconds: the process's, of which its server's thread
+    took `loop_s`, and the client's, which is a user's affair but ran on the same cores.
+    """
+    rates = Spread.of([Sample(run, scenario.arrivals).rate for run in runs])
+    whats = ("steps", "process_s", "loop_s", "client_s")
     return {
-        "engine_tokens_per_second": Spread.of(rates["ours"]).to_dict(),
-        "http_tokens_per_second": Spread.of(rates["ours-http"]).to_dict(),
-        "overhead": round(1 - statistics.median(ratios), 4),
+        "tokens_per_second": rates.to_dict(),
+        **{what: round(float(statistics.median(run[what] for run in runs)), 4) for what in whats},
     }
 
 

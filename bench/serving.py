@@ -10,18 +10,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import atexit
-import contextlib
-import http.client
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +26,7 @@ import mlx.core as mx
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the peers' environment need not have this project
 
 from mlx_gemma_mtp.benchmark.arms import _Processor, about
+from mlx_gemma_mtp.benchmark.workers import Worker
 
 Marks = list[list[tuple[float, int]]]
 """For each request: when tokens came, in seconds since the start, and how many."""
@@ -60,7 +57,7 @@ class Ours:
             if self._engine is not None:
                 self._engine.shutdown()
             self._engine, self._rows = self._new_engine(self._runtime, max_batch=rows, depth=self._depth), rows
-        marks, tokens, stats = asyncio.run(self._serve(self._engine, prompts, new, arrivals))
+        marks, tokens, stats = asyncio.run(read_engine(self._engine, prompts, new, arrivals))
         rounds = sum(s.rounds for s in stats)
         return {
             "marks": marks,
@@ -70,68 +67,95 @@ class Ours:
             "drafted_per_round": sum(s.drafted for s in stats) / max(rounds, 1),
         }
 
-    async def _serve(
-        self, engine: Any, prompts: list[list[int]], new: int, arrivals: list[float]
-    ) -> tuple[Marks, list[list[int]], list[Any]]:
-        from mlx_gemma_mtp import Request
 
-        marks: Marks = [[] for _ in prompts]
-        tokens: list[list[int]] = [[] for _ in prompts]
-        begin = time.perf_counter()
+async def read_engine(
+    engine: Any, prompts: list[list[int]], new: int, arrivals: list[float]
+) -> tuple[Marks, list[list[int]], list[Any]]:
+    """Submit prompts at their times and read all events: marks, tokens and counters."""
+    from mlx_gemma_mtp import Request
 
-        async def one(i: int) -> Any:
-            await asyncio.sleep(max(begin + arrivals[i] - time.perf_counter(), 0))
-            handle = engine.submit(Request(prompt=prompts[i], max_tokens=new, ignore_eos=True))
-            async for event in handle:
-                marks[i].append((time.perf_counter() - begin, len(event.tokens)))
-                tokens[i] += event.tokens
-            return handle.stats
+    marks: Marks = [[] for _ in prompts]
+    tokens: list[list[int]] = [[] for _ in prompts]
+    begin = time.perf_counter()
 
-        stats = await asyncio.gather(*(one(i) for i in range(len(prompts))))
-        return marks, tokens, stats
+    async def one(i: int) -> Any:
+        await asyncio.sleep(max(begin + arrivals[i] - time.perf_counter(), 0))
+        handle = engine.submit(Request(prompt=prompts[i], max_tokens=new, ignore_eos=True))
+        async for event in handle:
+            marks[i].append((time.perf_counter() - begin, len(event.tokens)))
+            tokens[i] += event.tokens
+        return handle.stats
+
+    stats = await asyncio.gather(*(one(i) for i in range(len(prompts))))
+    return marks, tokens, stats
 
 
 class OursHttp:
-    """mlx_gemma_mtp's server, read by a thread for each request; this process is the client."""
+    """mlx_gemma_mtp's engine, straight and through the server over it; streams.py, a process, is the client."""
 
     def __init__(self, target: str, drafter: str | None, depth: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port: int = probe.getsockname()[1]
-        command = [sys.executable, "-m", "mlx_gemma_mtp", "serve", "--model", target, "--drafter", str(drafter)]
-        command += ["--dtype", "float32", "--depth", depth, "--port", str(self._port), "--name", "bench"]
-        # The engine beside it has no prefix cache: repeated prompts would make the server look faster than it.
-        command += ["--prefix-cache", "0"]
-        self._server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        atexit.register(self._server.terminate)
-        while self._server.poll() is None:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port)):
-                return
-            time.sleep(0.2)
-        raise RuntimeError(f"the server has ended with status {self._server.returncode}")
+        from mlx_gemma_mtp import load, serve_cli
+
+        options = serve_cli.Options(port=0, names=["bench"], depth=depth if depth == "auto" else int(depth))
+        runtime = load(target, drafter=drafter, dtype="float32")
+        self._engine = serve_cli.open_engine(runtime, options)
+        service = serve_cli.make_service(runtime, self._engine, options)
+        bound = serve_cli.open_socket(options)
+        self._port: int = bound.getsockname()[1]
+        app = serve_cli.make_app(service, options)
+        serve_cli.show_logs()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+        async def known(scope: Any, receive: Any, send: Any) -> None:
+            self._loop = asyncio.get_running_loop()
+            await app(scope, receive, send)
+
+        server = serve_cli.make_server(service, known, options)
+        threading.Thread(target=server.run, args=([bound],), daemon=True).start()
+        self._client = Worker([sys.executable, str(Path(__file__).with_name("streams.py"))])
+        atexit.register(self._client.close)
+        self._turns = 0
 
     def serve(self, prompts: list[list[int]], new: int, arrivals: list[float], rows: int) -> dict[str, Any]:
-        """As many streams of /v1/completions as there are prompts; `rows` is the server's own, 8."""
-        marks: Marks = [[] for _ in prompts]
-        begin = time.perf_counter()
+        """Once in each way, in turn; `rows` is the server's own, 8.
 
-        def one(i: int) -> int:
-            time.sleep(max(begin + arrivals[i] - time.perf_counter(), 0))
-            body = {"model": "bench", "prompt": prompts[i], "max_tokens": new, "stream": True, "temperature": 0}
-            body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
-            connection = http.client.HTTPConnection("127.0.0.1", self._port)
-            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-            last = {}
-            for line in connection.getresponse():
-                if line.startswith(b"data: {"):
-                    marks[i].append((time.perf_counter() - begin, 1))
-                    last = json.loads(line[6:])
-            connection.close()
-            return int(last["usage"]["completion_tokens"])
+        Of each way: `marks` and `tokens`; processor seconds of the server's thread (`loop_s`), of this whole process
+        (`process_s`) and of the client; the engine's `steps`: requests that come one after the other take more.
+        """
+        ways = [("engine", self._straight), ("http", self._streamed)]
+        self._turns += 1
+        found = {}
+        for name, way in ways[:: 1 if self._turns % 2 else -1]:
+            steps, loop, process = self._engine.stats().steps, self._loop_seconds(), time.process_time()
+            data = way(prompts, new, arrivals)
+            process, loop = time.process_time() - process, self._loop_seconds() - loop
+            spent = {"process_s": process, "loop_s": loop, "steps": self._engine.stats().steps - steps}
+            found[name] = {"client_s": 0.0, **data, **spent}
+        return found
 
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            counts = list(pool.map(one, range(len(prompts))))
-        return {"marks": marks, "tokens": [[0] * n for n in counts]}
+    def _straight(self, prompts: list[list[int]], new: int, arrivals: list[float]) -> dict[str, Any]:
+        marks, tokens, _ = asyncio.run(read_engine(self._engine, prompts, new, arrivals))
+        return {"marks": marks, "tokens": tokens}
+
+    def _streamed(self, prompts: list[list[int]], new: int, arrivals: list[float]) -> dict[str, Any]:
+        body = {"model": "bench", "max_tokens": new, "stream": True, "temperature": 0, "ignore_eos": True}
+        body |= {"stream_options": {"include_usage": True}}
+        bodies = [body | {"prompt": prompt} for prompt in prompts]
+        request = {"port": self._port, "path": "/v1/completions", "bodies": bodies, "arrivals": arrivals}
+        found = self._client.ask(request)
+        counts = [int(last["usage"]["completion_tokens"]) for last in found["last"]]
+        marks = [[(at, 1) for at in times] for times in found["marks"]]
+        return {"marks": marks, "tokens": [[0] * n for n in counts], "client_s": found["cpu_s"]}
+
+    def _loop_seconds(self) -> float:
+        """Processor time of the event loop's thread so far."""
+        if self._loop is None:
+            return 0.0
+
+        async def now() -> float:
+            return time.thread_time()
+
+        return asyncio.run_coroutine_threadsafe(now(), self._loop).result()
 
 
 class Generator(Protocol):

@@ -77,6 +77,41 @@ def limits(record: Record) -> str:
     return "\n".join(markdown_table(rows))
 
 
+def context(record: Record) -> str:
+    """Milliseconds of a round's parts and peak memory, by context and BLAS."""
+    names = {
+        "decode": "decode, ms",
+        "verify": f"verify {record['block']}, ms",
+        "sliding": "of it: sliding layers",
+        "full": "full layers",
+        "draft": "a draft, ms",
+    }
+    rows = [["positions", *names.values(), "weights and K/V", "peak, MTP"]]
+    for blas, run in sorted(record["runs"].items(), reverse=True):
+        for positions, row in run["times_ms"].items():
+            held = [m for m in run["memory"] if m["context"] == int(positions)][-1]
+            sizes = [f"{held[n] / 1e6:.0f} MB" for n in ("held_bytes", "peak_bytes")]
+            cells = [f"{row[n]['median']:.1f}" for n in names]
+            rows.append([f"{int(positions):,}, {BLAS[blas]}", *cells, *sizes])
+    return "\n".join(markdown_table(rows))
+
+
+def prefill(record: Record) -> str:
+    """Tokens per second until the first token, ours and mlx-lm's, and peak memory."""
+    rows = [["prefill, tokens/s (peak memory)", "ours", "mlx-lm"]]
+    for blas, run in sorted(record["runs"].items(), reverse=True):
+        for what, p in run["prefill"].items():
+            if what == "environments":
+                continue
+            total, title = sum(p["lengths"]), f"{what} ({len(p['lengths'])} x {p['lengths'][0]} tokens), {BLAS[blas]}"
+            cells = [
+                f"{total / p['seconds'][name]['median']:.0f} ({p['peak_bytes'][name] / 1e6:.0f} MB)"
+                for name in ("ours", "mlx-lm")
+            ]
+            rows.append([title, *cells])
+    return "\n".join(markdown_table(rows))
+
+
 def serve(record: Record) -> str:
     """Tokens per second, and mean time to first token, by scenario."""
     runs = record["runs"]
@@ -123,6 +158,8 @@ def accepted(measured: Record) -> str:
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "decode": ("decode", decode),
     "limits": ("limits", limits),
+    "context": ("context", context),
+    "prefill": ("context", prefill),
     "serve": ("serve", serve),
     "convert": ("convert", convert_cost),
     "acceptance": ("acceptance", lambda record: accepted(record["measured"])),
@@ -160,7 +197,10 @@ def rendered(text: str, results: Path = RESULTS) -> str:
         if name not in TABLES:
             raise TableError(f"there is no table {name!r}, expected one of {', '.join(TABLES)}")
         benchmark, render = TABLES[name]
-        file, record = newest(benchmark, results)
+        try:
+            file, record = newest(benchmark, results)
+        except TableError:
+            return f"{match[1]}Not measured yet: `python bench/run_all.py --only {benchmark}`\n{match[3]}"
         return f"{match[1]}{render(record)}\n\n{conditions(file, record)}\n{match[3]}"
 
     return _MARKED.sub(one, text)

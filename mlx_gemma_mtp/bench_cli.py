@@ -1,6 +1,6 @@
-"""What the `bench` command does: verify, tune, race against the peers; then a record, plots and a table to paste.
+"""The command `bench`: verify, tune, race against the peers; then a record, plots and a table to paste.
 
-Knows no options' syntax. Imports what takes time when it is called.
+Imports what takes time when it is called.
 """
 
 from __future__ import annotations
@@ -8,12 +8,18 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_options import DrafterOption, DtypeOption, JsonOption, ModelOption, RevisionOption, Source, open_runtime
+from .terminal import note, progress_bar
 
 if TYPE_CHECKING:
     from .benchmark.race import Plan
@@ -22,6 +28,49 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]
 _VERIFY_DEPTHS = (1, 3)
 _PEERS = ("mlx-lm", "mlx-vlm")
+
+
+def bench(
+    model: ModelOption = None,
+    drafter: DrafterOption = "auto",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Batches 1 and 4, few tokens and repeats, no tuning.")] = False,
+    batches: Annotated[str | None, typer.Option(metavar="1,2,4,8", help="Rows decoded together.")] = None,
+    drafts: Annotated[int, typer.Option(min=1, max=8, help="Per round, where not chosen by itself.")] = 3,
+    new_tokens: Annotated[int | None, typer.Option("--max-tokens", "-n", min=2, help="Per prompt; 128.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Turns of everyone; 4.")] = None,
+    pause: Annotated[float | None, typer.Option(min=0, help="Seconds before a turn, to cool down; 5.")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help=".json, .jsonl or a line each.")] = None,
+    peers_python: Annotated[str, typer.Option(help="The Python that has mlx-vlm; this one.")] = sys.executable,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the record and the plots go.")] = Path(
+        "bench-results"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a pair here: verify, tune, then decode beside mlx-lm and mlx-vlm. Prints a table to paste in an issue."""
+    given: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "pause": pause}
+    try:
+        given["batches"] = None if batches is None else parse_batches(batches)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--batches") from error
+    preset = Options.quick if quick else Options.full
+    chosen = {name: value for name, value in given.items() if value is not None}
+    options = preset(out, drafts=drafts, peers_python=peers_python, prompts=prompts, **chosen)
+    source = Source(model=model, drafter=drafter, revision=revision, dtype=dtype)
+
+    def tell(text: str) -> None:
+        if not as_json:
+            note(text)
+
+    record = run(
+        lambda: open_runtime(source, quiet=as_json),
+        options,
+        note=tell,
+        progress=lambda: progress_bar(shown=not as_json and sys.stderr.isatty()),
+    )
+    write(record, out, tell)
+    typer.echo(json.dumps(record) if as_json else markdown(record))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,9 +40,12 @@ def planned_bytes(spec: CacheSpec, lengths: Sequence[int]) -> int:
     return rows * spec.ring_bytes() + places * spec.bytes_per_token()
 
 
-def _plan(spec: CacheSpec, lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """Groups as (capacity, rows): the longest row sets one, rows up to one step shorter ride along."""
-    steps = {r: capacity_step(n + spec.max_block) for r, n in enumerate(lengths) if n >= 0}
+def _plan(spec: CacheSpec, lengths: Sequence[int], block: int = 0) -> list[tuple[int, list[int]]]:
+    """Groups as (capacity, rows): the longest row sets one, rows up to one step shorter ride along.
+
+    Every row has room for `block` more tokens, and for any block of a round.
+    """
+    steps = {r: capacity_step(n + max(spec.max_block, block)) for r, n in enumerate(lengths) if n >= 0}
     plan = []
     while steps:
         top = max(steps.values())
@@ -187,9 +190,7 @@ class KVCache:
 
     def capacity(self, row: int) -> int:
         """Positions that `row` has room for in layers without a window (0 if there are none)."""
-        group = next(g for g, members in enumerate(self._groups) if row in members)
-        arrays = CacheArrays(self.spec, self.layout, self.arrays).groups[group]
-        return int(arrays[0].shape[2]) if arrays else 0
+        return next(self.shape[g][1] for g, members in enumerate(self._groups) if row in members)
 
     def admit(self, others: Sequence[KVCache]) -> list[int]:
         """Move the open rows of `others` into this cache (they are empty afterwards); returns their rows here."""
@@ -239,7 +240,7 @@ class KVCache:
     def reserve(self, block: int) -> None:
         """Make room for `block` more tokens in every open row; copies only rows that outgrow their capacity."""
         if self._short(block):
-            self._rebuild(self._sources())
+            self._rebuild(self._sources(), block)
 
     def advance(self, counts: Sequence[int], *, block: int = 0) -> None:
         """Note on the host that a forward wrote `block` tokens and made each open row counts[row] tokens longer."""
@@ -301,13 +302,16 @@ class KVCache:
         self.lengths, self.alive, self._written, self.arrays, self._groups = [], [], [], [], []
         self.layout = Layout(groups=0, mapped=False)
 
-    def _rebuild(self, sources: list[_Source | None]) -> None:
-        """Lay rows out anew, a slot at a time so that no more than one exists twice; keep what doesn't change."""
+    def _rebuild(self, sources: list[_Source | None], block: int = 0) -> None:
+        """Lay rows out anew with room for `block` tokens; keep what doesn't change.
+
+        A slot at a time, so that no more than one exists twice.
+        """
         self._clear()
         if all(s is None for s in sources):
             return
         sources = sources + [None] * (row_bucket(len(sources)) - len(sources))
-        plan = _plan(self.spec, [-1 if s is None else s.length for s in sources])
+        plan = _plan(self.spec, [-1 if s is None else s.length for s in sources], block)
         if len(plan) == 1:
             plan = [(plan[0][0], list(range(len(sources))))]
         rings = []

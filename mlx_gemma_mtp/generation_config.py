@@ -5,10 +5,10 @@ Knows nothing of MLX, tokenizers or models.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from .json_file import read_object
 from .request import SamplingParams
 
 _FILE = "generation_config.json"
@@ -24,7 +24,7 @@ def read_stop_ids(path: Path) -> frozenset[int]:
         file = path / name
         if not file.is_file():
             continue
-        config = _json_object(file)
+        config = read_object(file, ValueError)
         text_config = config.get("text_config")
         places = [config, text_config] if isinstance(text_config, dict) else [config]
         for value in (place.get("eos_token_id") for place in places):
@@ -44,7 +44,7 @@ def generation_defaults(path: Path) -> SamplingParams:
     temperature 1 and nothing cut off. Raises ValueError, naming the file, for values that can't be used.
     """
     file = path / _FILE
-    config = {k: v for k, v in (_json_object(file) if file.is_file() else {}).items() if v is not None}
+    config = {k: v for k, v in (read_object(file, ValueError) if file.is_file() else {}).items() if v is not None}
     fields: dict[str, Any] = {"temperature": 1.0}
     for name in _NUMBERS:
         if name in config:
@@ -66,13 +66,3 @@ def generation_defaults(path: Path) -> SamplingParams:
         return SamplingParams(**fields)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds {type(value).__name__}, expected a JSON object")
-    return value

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from .config import DrafterConfig, LayerSpec, Quantization, QuantSpec, TargetConfig
 from .convert.names import Skipped, canonical, canonical_path
+from .json_file import read_object
 from .models.drafter import Drafter
 from .models.linear import Weights, WeightsError
 from .models.target import Target
@@ -209,26 +210,14 @@ def _weights(
 
 
 def _config(path: Path) -> dict[str, Any]:
-    return _json(path / "config.json")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise LoadError(f"{path} is missing: expected the checkpoint's {path.name}") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise LoadError(f"{path} is not valid JSON: {e}") from e
-    if not isinstance(data, dict):
-        raise LoadError(f"{path} holds {type(data).__name__}, expected an object")
-    return data
+    return read_object(path / "config.json", LoadError)
 
 
 def _shards(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those its index names, or all of them."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        table = _json(index).get("weight_map")
+        table = read_object(index, LoadError).get("weight_map")
         if not isinstance(table, dict):
             raise LoadError(f"{index}: weight_map is {table!r}, expected an object")
         for name in table.values():

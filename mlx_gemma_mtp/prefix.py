@@ -99,7 +99,7 @@ class PrefixCache:
         self._entries.append(entry)
         self.hits += 1
         self.reused_tokens += length
-        held = Held(max(point.length, length), point.written, point.rings, entry.whole.full)
+        held = Held(point.length, point.written, point.rings, entry.whole.full)
         return KVCache.from_held(self.spec, held, length, capacity)
 
     def keep(self, tokens: npt.NDArray[np.int32], held: Held, points: Iterable[Held] = ()) -> None:

@@ -1,4 +1,4 @@
-"""What the `serve` command does: options checked, an engine opened, HTTP served until a signal says stop.
+"""The command `serve`: options checked, an engine opened, HTTP served until a signal says stop.
 
 Knows no models; imports what takes time when it is called.
 """
@@ -14,11 +14,29 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_options import (
+    DEMO,
+    BitwiseOption,
+    DepthOption,
+    DrafterOption,
+    DtypeOption,
+    ModelOption,
+    RevisionOption,
+    Source,
+    UsageError,
+    open_runtime,
+    parse_depth,
+)
+from .terminal import note
 
 if TYPE_CHECKING:
     from types import FrameType
 
+    import uvicorn
     from starlette.types import ASGIApp
 
     from .engine import Engine
@@ -28,6 +46,74 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def serve(
+    model: ModelOption = None,
+    drafter: DrafterOption = "auto",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8080,
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="What clients call the model; may be given several times.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MLX_GEMMA_MTP_API_KEY", help="Asked of every client; see --insecure.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Let others in without a key.")] = False,
+    cors_origin: Annotated[list[str] | None, typer.Option(help="Let pages of this origin ask; *: all.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name this machine is called by, beside localhost.")
+    ] = None,
+    depth: DepthOption = "auto",
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 8,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 64,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="For requests that don't say.")] = 4096,
+    prefill_budget: Annotated[int, typer.Option(min=1, help="Prompt tokens per step.")] = 512,
+    kv_budget: Annotated[
+        str | None, typer.Option(metavar="8GB", help="Memory for K/V; what the device recommends, less the weights.")
+    ] = None,
+    prefix_cache: Annotated[str, typer.Option(metavar="2GB", help="Memory for prefixes of chats; 0: none.")] = "1GB",
+    max_body: Annotated[str, typer.Option(metavar="4MiB", help="Largest body of a request.")] = "4MiB",
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds that answers get to finish at the end.")] = 30.0,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log, too.")] = False,
+    bitwise: BitwiseOption = False,
+) -> None:
+    """Serve the OpenAI and Anthropic APIs, and a page to chat on. Without --model: the demo pair."""
+    try:
+        options = Options(
+            host=host,
+            port=port,
+            names=name or [model or DEMO],
+            api_key=api_key,
+            insecure=insecure,
+            cors_origins=cors_origin or (),
+            allow_hosts=allow_host or (),
+            depth=parse_depth(depth),
+            max_batch=max_batch,
+            max_waiting=max_waiting,
+            max_tokens=max_tokens,
+            prefill_budget=prefill_budget,
+            kv_budget=None if kv_budget is None else parse_bytes(kv_budget),
+            prefix_cache=parse_bytes(prefix_cache),
+            max_body=parse_bytes(max_body),
+            timeout=timeout,
+            drain=drain,
+            log_prompts=log_prompts,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    bound = open_socket(options)
+    rows = max_batch if bitwise else 0
+    source = Source(model=model, drafter=drafter, revision=revision, dtype=dtype, bitwise_rows=rows)
+    runtime = open_runtime(source, quiet=False)
+    with open_engine(runtime, options) as engine:
+        service = make_service(runtime, engine, options)
+        note(greeting(runtime, options, bound.getsockname()[1]))
+        show_logs()
+        run(service, make_app(service, options), bound, options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +239,11 @@ def make_app(service: Service, options: Options) -> ASGIApp:
     )
 
 
-def run(service: Service, app: ASGIApp, bound: socket.socket, options: Options) -> None:
-    """Serve on `bound` until SIGTERM or SIGINT; answers under way may take `drain` seconds more."""
+def make_server(service: Service, app: ASGIApp, options: Options) -> uvicorn.Server:
+    """What serves the application."""
     import uvicorn
 
-    # uvicorn sends the signal that ended it again, when it is done: the engine has to be shut down first.
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    from .server.wire import Protocol
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -172,11 +257,18 @@ def run(service: Service, app: ASGIApp, bound: socket.socket, options: Options) 
         server_header=False,
         proxy_headers=False,
         ws="none",
-        http="h11",
+        http=Protocol,
         timeout_graceful_shutdown=int(options.drain),
         timeout_keep_alive=30,
     )
-    Server(config).run(sockets=[bound])
+    return Server(config)
+
+
+def run(service: Service, app: ASGIApp, bound: socket.socket, options: Options) -> None:
+    """Serve on `bound` until SIGTERM or SIGINT; answers under way may take `drain` seconds more."""
+    # uvicorn sends the signal that ended it again, when it is done: the engine has to be shut down first.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    make_server(service, app, options).run(sockets=[bound])
 
 
 def show_logs() -> None:

@@ -74,6 +74,10 @@ class ChannelParser:
         self._header: str | None = None  # text since the opening mark, while it may still become the header
         self._newline = ""  # a newline that is not shown if the thought ends here
 
+    def passes(self, token: int) -> bool:
+        """Whether the text that became final with `token` is the answer's as it is, and nothing changes by it."""
+        return not self._thinking and token != self._opens
+
     def push(self, token: int, text: str) -> list[Piece]:
         """Pieces of `text`, which became final with `token`; for a mark, it is text from before the mark."""
         pieces = self._text(text)
@@ -136,10 +140,19 @@ class TextStream:
         if drafted and len(drafted) != len(tokens):
             raise ValueError(f"drafted has {len(drafted)} flags for {len(tokens)} tokens")
         pieces: list[Piece] = []
+        answer, was_drafted = "", False  # text of the answer that is no piece yet, and its flag
         for i, token in enumerate(tokens):
-            flag = bool(drafted) and drafted[i]
-            for p in self._parser.push(token, self._detokenizer.push(token)):
+            flag, text = bool(drafted) and drafted[i], self._detokenizer.push(token)
+            if answer and (flag != was_drafted or not self._parser.passes(token)):
+                pieces.append(Piece(kind="answer", text=answer, drafted=was_drafted))
+                answer = ""
+            if self._parser.passes(token):
+                answer, was_drafted = answer + text, flag
+                continue
+            for p in self._parser.push(token, text):
                 pieces.append(Piece(kind=p.kind, text=p.text, drafted=flag))
+        if answer:
+            pieces.append(Piece(kind="answer", text=answer, drafted=was_drafted))
         return merged(pieces)
 
     def flush(self) -> tuple[Piece, ...]:
@@ -265,6 +278,11 @@ class TextCodec:
     def thinks_after(self, token: int, thinking: bool) -> bool:
         """Whether what follows `token` is thought, where `thinking` says it of the token itself."""
         return token == self._channel_open or (thinking and token not in self._channel_closes)
+
+    @property
+    def thought_marks(self) -> frozenset[int]:
+        """The tokens behind which `thinks_after` may differ from before."""
+        return self._channel_closes | _present(self._channel_open)
 
     def token_bytes(self, token: int) -> bytes:
         """What one token is on its own: a piece's UTF-8, a single byte, or a mark's name."""

@@ -41,6 +41,19 @@ class CallDelta:
 Delta = Piece | CallDelta
 
 
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What several tokens made final. Of them, the first `kept` were read: all, or those up to a stop string's end.
+
+    `answered`: indices of those that are the answer's; `thought`: how many are a thought's, or its closing mark.
+    """
+
+    deltas: Sequence[Delta]
+    kept: int
+    answered: Sequence[int]
+    thought: int
+
+
 class CallWriter:
     """The body of one call, character by character, to its name and its arguments as JSON text.
 
@@ -337,6 +350,7 @@ class ToolStream:
         self._reader = OutputReader(codec.stream(prompt), stops, min_tokens=min_tokens)
         self._tools = tools
         self._open, self._close, self._quote = (codec.mark(m) for m in (CALL_OPEN, CALL_CLOSE, QUOTE))
+        self._marks = codec.thought_marks | {self._open}
         self._thinking = codec.in_thought(prompt)
         self._writer: CallWriter | None = None
         self._detokenizer: Detokenizer | None = None
@@ -358,6 +372,24 @@ class ToolStream:
     def in_thought(self) -> bool:
         """Whether the next token is a thought's, or its closing mark."""
         return self._thinking
+
+    def read(self, tokens: Sequence[int], drafted: Sequence[bool]) -> Block:
+        """`push` for all tokens of an event, one `drafted` flag each."""
+        if self._writer is None and self._marks.isdisjoint(tokens):
+            found = self._reader.push(tokens, drafted)
+            thought = found.kept if self._thinking else 0
+            return Block(deltas=found.pieces, kept=found.kept, answered=range(found.kept - thought), thought=thought)
+        deltas, answered, thought, kept = list[Delta](), list[int](), 0, 0
+        for i, token in enumerate(tokens):
+            in_answer = self.in_answer
+            thought += self.in_thought
+            deltas += self.push(token, drafted[i])
+            kept += 1
+            if in_answer and self.in_answer:
+                answered.append(i)
+            if self.stop_match is not None:
+                break
+        return Block(deltas=deltas, kept=kept, answered=answered, thought=thought)
 
     def push(self, token: int, drafted: bool = False) -> list[Delta]:
         """What `token` makes final."""

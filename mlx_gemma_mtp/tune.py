@@ -21,7 +21,6 @@ from .views import CacheSpec
 
 BATCHES = (1, 2, 4, 8)
 CONTEXTS = (256, 3000)
-ACCEPTANCES = (0.5, 0.6, 0.7, 0.8, 0.9)
 _ROUNDS = 6  # timed, behind one that compiles
 _QUIET = 2  # of the times of a round the one that counts, from the least: other work only ever adds
 _AHEAD = 2  # rounds timed together where they are launched ahead

@@ -1,15 +1,51 @@
-"""What `tune` shows: a table, a plot in the terminal, a plot as PNG. Knows nothing of how rounds are measured."""
+"""The command `tune`: a table, a plot in the terminal, a plot as PNG. Knows nothing of how rounds are measured."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from .benchmark.plots import new_figure
+from .cli_options import DrafterOption, DtypeOption, JsonOption, ModelOption, RevisionOption, Source, open_runtime
 from .costs import DEEPEST
-from .tune import ACCEPTANCES, Curve, Tuning
+from .terminal import note, progress_bar
 
+if TYPE_CHECKING:
+    from .tune import Curve, Tuning
+
+ACCEPTANCES = (0.5, 0.6, 0.7, 0.8, 0.9)
 _WIDTH = 40
+
+
+def tune(
+    model: ModelOption = None,
+    drafter: DrafterOption = "auto",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = None,
+    seconds: Annotated[float, typer.Option(min=1, help="About how long to measure at most.")] = 110.0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the costs, too (extra: plot).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what drafting costs on this machine, and keep it: `--depth auto` chooses well from the start then."""
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{plot.parent} is not a directory", param_hint="--plot")
+    runtime = open_runtime(Source(model=model, drafter=drafter, revision=revision, dtype=dtype), quiet=as_json)
+    with progress_bar(shown=not as_json and sys.stderr.isatty()) as progress:
+        tuning = runtime.tune(seconds=seconds, progress=progress)
+    file = runtime.profile().path
+    if as_json:
+        typer.echo(json.dumps(to_dict(tuning, file)))
+    else:
+        show(tuning)
+        note(f"kept in {file}")
+    if plot is not None:
+        draw(tuning, plot)
+        if not as_json:
+            note(f"drawn in {plot}")
 
 
 def table(tuning: Tuning) -> list[str]:

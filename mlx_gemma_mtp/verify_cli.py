@@ -1,4 +1,4 @@
-"""What the `verify` command reads and shows: options, requests from a file, a table, JSON, a page.
+"""The command `verify`: options, requests from a file, a table, JSON, a page.
 
 Knows no models; imports what takes time when it is called.
 """
@@ -11,7 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cli_options import (
+    BitwiseOption,
+    DrafterOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    RevisionOption,
+    Source,
+    open_runtime,
+)
+from .terminal import progress_bar
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -20,6 +34,53 @@ if TYPE_CHECKING:
 _MARKS: dict[Verdict, str] = {"equal": "=", "near-tie": "≈", "bug": "✗"}
 _COLOURS: dict[Verdict, str] = {"equal": "green", "near-tie": "yellow", "bug": "bold red"}
 _WAYS: tuple[Way, ...] = ("alone", "batch")
+
+
+def verify(
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="[FILE.jsonl]", show_default=False, help="Requests, a JSON object each; -: stdin."),
+    ] = None,
+    model: ModelOption = None,
+    drafter: DrafterOption = "auto",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = None,
+    depths: Annotated[str, typer.Option(metavar="1..6", help="Depths to try; 0: plain, in a batch.")] = "1..6",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="For requests that don't say.")] = 64,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows of the batch; the rest joins as rows leave.")] = 32,
+    allow_ties: Annotated[bool, typer.Option("--allow-ties", help="Let near-ties within rounding pass.")] = False,
+    mlx_lm: Annotated[bool, typer.Option("--mlx-lm/--no-mlx-lm", help="Compare plain decoding with mlx-lm's.")] = True,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as a page, too.")] = None,
+    bitwise: BitwiseOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check that drafts change no token: exit code 0 if all outputs equal plain decoding's, 1 if not.
+
+    A line of FILE has a prompt, tokens or messages, and any of OpenAI's parameters: sampling, penalties, seed, stop,
+    response_format, logprobs, n, tools; regex, grammar and thinking_budget, too. Without FILE, a built-in set. Sampled
+    requests without a seed get one.
+    """
+    try:
+        chosen = parse_depths(depths)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--depths") from error
+    if html is not None and not html.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{html.parent} is not a directory", param_hint="--html")
+    options = Options(
+        file=file,
+        depths=chosen,
+        max_tokens=max_tokens,
+        max_batch=max_batch,
+        allow_ties=allow_ties,
+        mlx_lm=mlx_lm,
+    )
+    lines = read_lines(file)
+    rows = max_batch if bitwise else 0
+    source = Source(model=model, drafter=drafter, revision=revision, dtype=dtype, bitwise_rows=rows)
+    runtime = open_runtime(source, quiet=as_json)
+    with progress_bar(shown=not as_json and sys.stderr.isatty()) as progress:
+        report = check(runtime, lines, options, progress)
+    raise typer.Exit(show(report, options, as_json=as_json, html=html))
 
 
 @dataclass(frozen=True, kw_only=True)

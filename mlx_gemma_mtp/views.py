@@ -49,8 +49,9 @@ class CacheSpec:
         return sum(2 * s.kv_heads * s.head_dim * self.ring(s) for s in slots) * self.dtype.size
 
 
-_MAX_SCORES = 1 << 28
-"""Most attention scores held at once: 512 MB in bfloat16."""
+_MAX_SCORES = 1 << 24
+"""Most attention scores held at once, 32 MB in bfloat16, but for blocks of few queries: they read each key once."""
+_FEW_QUERIES = 32
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,14 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array
     q (B, H, L, D), k and v (B, G, S, D) with H a multiple of G, mask (B or 1, 1, L, S) true where a key is seen
     (at least one for each query); returns (B, H, L, D).
     """
-    queries = max(_MAX_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]), 1)
+    queries = max(_MAX_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]), _FEW_QUERIES)
     if q.shape[2] > queries:
         # A chunk of a long prompt: some queries at a time, so that the scores don't grow with the context.
-        starts = range(0, q.shape[2], queries)
-        parts = [attention(q[:, :, i : i + queries], k, v, mask[:, :, i : i + queries]) for i in starts]
+        parts: list[mx.array] = []
+        for i in range(0, q.shape[2], queries):
+            parts.append(attention(q[:, :, i : i + queries], k, v, mask[:, :, i : i + queries]))
+            # MLX takes memory for whatever is queued: unevaluated, all parts' scores would exist at once.
+            mx.eval(parts[-1])
         return mx.concatenate(parts, axis=2)
     if mx.default_device().type == mx.gpu and mx.metal.is_available():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask)
@@ -79,9 +83,12 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array
     batch, heads, length, dim = q.shape
     groups = k.shape[1]
     scores = q.reshape(batch, groups, -1, dim) @ k.swapaxes(-1, -2)
-    scores = scores.reshape(batch, groups, heads // groups, length, -1)
-    scores = mx.where(mask[:, :, None], scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
-    weights = mx.softmax(scores, axis=-1, precise=True).reshape(batch, groups, -1, k.shape[2])
+    least = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
+    if length == 1:
+        weights = mx.softmax(mx.where(mask, scores, least), axis=-1, precise=True)
+    else:
+        scores = mx.where(mask[:, :, None], scores.reshape(batch, groups, heads // groups, length, -1), least)
+        weights = mx.softmax(scores, axis=-1, precise=True).reshape(batch, groups, -1, k.shape[2])
     return (weights @ v).reshape(batch, heads, length, dim)
 
 

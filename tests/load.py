@@ -1,7 +1,7 @@
 """Many clients at once against the `serve` command, some of which leave in the middle: `python -m tests.load`.
 
 Every answer that is read to its end has to be the text that the pair gives alone, without drafts. Prints figures as
-JSON; exit code 1 if an answer differs, a request fails or a row is left in use.
+JSON; exit code 1 if an answer differs, a request fails, a row is left in use or memory grows to the end.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import asyncio
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -50,7 +52,6 @@ class Figures:
 
     def report(self, seconds: float) -> dict[str, Any]:
         """Ready for JSON."""
-        early = self.memory[len(self.memory) // 4 : len(self.memory) // 2] or self.memory
         return {
             "seconds": round(seconds, 1),
             "answers": self.answers,
@@ -61,11 +62,22 @@ class Figures:
             "first_token_ms": _percentiles(self.first),
             "between_tokens_ms": _percentiles(self.between),
             "between_blocks_ms": _percentiles([x for x in self.between if x]),
-            "server_rss_mb": {
-                "second quarter": round(sum(early) / len(early) / 1e6, 1),
-                "end": round(self.memory[-1] / 1e6, 1),
-            },
+            "server_rss_mb": {k: round(v / 1e6, 1) for k, v in memory_of(self.memory).items()},
+            "memory_growth": round(growth(self.memory), 4),
         }
+
+
+def memory_of(samples: Sequence[int]) -> dict[str, float]:
+    """Bytes at the start, and the medians of a run's three thirds: the first one warms up."""
+    thirds = [samples[len(samples) * i // 3 : len(samples) * (i + 1) // 3] or samples for i in range(3)]
+    names = ("first third", "middle third", "last third")
+    return {"start": float(samples[0])} | {n: float(statistics.median(t)) for n, t in zip(names, thirds, strict=True)}
+
+
+def growth(samples: Sequence[int]) -> float:
+    """How much more memory the last third of a run took than the middle one, as a share."""
+    found = memory_of(samples)
+    return found["last third"] / found["middle third"] - 1
 
 
 def _percentiles(times: list[float]) -> dict[str, float]:
@@ -207,6 +219,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--leave", type=float, default=0.3)
     parser.add_argument("--cases", type=int, default=40)
+    parser.add_argument("--growth", type=float, default=0.03, help="most that memory may grow between the last thirds")
     parser.add_argument("options", nargs="*", help="more options of `serve`, behind --")
     given = parser.parse_args()
     report = run(
@@ -216,8 +229,9 @@ def main() -> int:
         count=given.cases,
         options=tuple(given.options),
     )
+    report["memory_flat"] = report["memory_growth"] <= given.growth
     print(json.dumps(report, indent=1))
-    return 1 if report["wrong"] or report["failed"] or report["rows_left"] else 0
+    return 1 if report["wrong"] or report["failed"] or report["rows_left"] or not report["memory_flat"] else 0
 
 
 if __name__ == "__main__":

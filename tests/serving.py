@@ -22,6 +22,7 @@ from mlx_gemma_mtp.server.app import make_app
 from mlx_gemma_mtp.server.guard import Rules
 from mlx_gemma_mtp.server.metrics import Metrics
 from mlx_gemma_mtp.server.service import Backend, Service, Settings
+from mlx_gemma_mtp.server.wire import Protocol
 from mlx_gemma_mtp.text import TextCodec
 
 from .fake_engine import FakeEngine, events_of
@@ -106,7 +107,7 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 @contextmanager
 def listening(app: ASGIApp, **config: Any) -> Iterator[str]:
     """Serve an application on a free port of this machine; yields its URL."""
-    given: dict[str, Any] = {"log_config": None, "access_log": False, "ws": "none", "http": "h11"}
+    given: dict[str, Any] = {"log_config": None, "access_log": False, "ws": "none", "http": Protocol}
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, **(given | config)))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

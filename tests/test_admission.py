@@ -13,6 +13,7 @@ from mlx_gemma_mtp.cache import planned_bytes
 from mlx_gemma_mtp.depth import FixedDepth
 from mlx_gemma_mtp.request import TokenEvent
 from mlx_gemma_mtp.scheduler import Scheduler
+from mlx_gemma_mtp.speculative import Shapes
 
 from .fakes import SPEC, VOCAB, expected, fake_speculator
 
@@ -62,6 +63,14 @@ def test_one_that_does_not_fit_now_waits_and_nobody_overtakes_it() -> None:
     assert scheduler.stats().preemptions == 0
 
 
+def test_a_short_prompt_that_would_fit_does_not_overtake_a_long_one() -> None:
+    scheduler = _scheduler(kv_budget=planned_bytes(SPEC, [130]) + planned_bytes(SPEC, [40]))
+    for length in (100, 100, 20):
+        scheduler.add(Request(prompt=_prompt(length), max_tokens=20))
+    begun = list(dict.fromkeys(e.request_id for e in _events(scheduler)))
+    assert begun == [0, 1, 2]
+
+
 def test_rows_that_outgrow_the_budget_send_the_newest_back_and_it_goes_on_where_it_was() -> None:
     budget = planned_bytes(SPEC, [30, 30, 30])
     scheduler = _scheduler(kv_budget=budget)
@@ -76,6 +85,18 @@ def test_rows_that_outgrow_the_budget_send_the_newest_back_and_it_goes_on_where_
     assert scheduler.stats().preemptions >= 2
     assert ended[0] == 0, "the oldest is never sent back"
     assert got == {n: expected(_prompt(20, n), 100) for n in range(3)}
+
+
+def test_who_was_sent_back_goes_on_before_younger_ones_and_reuses_nothing_of_others() -> None:
+    scheduler = _scheduler(kv_budget=planned_bytes(SPEC, [30, 30]), max_batch=2, prefix_cache=1 << 20)
+    asked = [(20, 60), (20, 60), (4, 2)]
+    stats = [scheduler.add(Request(prompt=_prompt(n, i), max_tokens=m))[1] for i, (n, m) in enumerate(asked)]
+    events = list(_events(scheduler))
+    assert scheduler.stats().preemptions > 0
+    begun = next(i for i, e in enumerate(events) if e.request_id == 2)
+    assert any(e.finish_reason for e in events[:begun]), "2 would fit beside 0, but 1, which doesn't, is before it"
+    # What it goes on from is its own.
+    assert [s.reused for s in stats] == [0, 0, 0]
 
 
 def test_a_prompt_that_will_not_fit_beside_the_rows_is_not_begun_again_and_again() -> None:
@@ -151,6 +172,90 @@ def test_a_turn_that_parts_before_the_answer_goes_on_from_a_checkpoint_past_the_
     assert scheduler.stats().prefilled_tokens - before == 202
 
 
+def _computed(scheduler: Scheduler, prompt: list[int], **options: Any) -> int:
+    """Prompt tokens that a request costs; its output has to be right."""
+    before = scheduler.stats().prefilled_tokens
+    number, _ = scheduler.add(Request(prompt=prompt, max_tokens=1, **options))
+    assert _run(scheduler)[number] == expected(prompt, 1)
+    return scheduler.stats().prefilled_tokens - before
+
+
+def _parting(prompt: list[int], at: int) -> list[int]:
+    """A prompt that begins with the first `at` tokens of another, and has two more."""
+    return [*prompt[:at], (prompt[at] + 1) % VOCAB, 5]
+
+
+def test_of_several_checkpoints_the_furthest_is_gone_on_from() -> None:
+    scheduler, prompt = _scheduler(prefix_cache=1 << 20), _prompt(300)
+    scheduler.add(Request(prompt=prompt, max_tokens=60, checkpoints=(100, 200)))
+    _run(scheduler)
+    assert _computed(scheduler, _parting(prompt, 250)) == 52
+    assert _computed(scheduler, _parting(prompt, 150)) == 52
+
+
+def test_the_longest_beginning_is_reused_and_not_the_latest() -> None:
+    scheduler, prompt = _scheduler(prefix_cache=1 << 20), _prompt(100)
+    assert _computed(scheduler, prompt) == 100
+    assert _computed(scheduler, _parting(prompt, 20)) == 22
+    assert _computed(scheduler, [*prompt, 1, 2]) == 2
+
+
+def test_prompts_that_begin_alike_share_an_entry_and_its_lengths() -> None:
+    scheduler, prompt = _scheduler(prefix_cache=1 << 20), _prompt(300)
+    for length, new in ((200, 200), (300, 100), (100, 100)):
+        assert _computed(scheduler, prompt[:length]) == new
+        assert scheduler.stats().prefix_entries == 1
+    for length in (100, 200, 298):
+        assert _computed(scheduler, _parting(prompt, length)) == 2
+
+
+def test_of_the_last_entry_the_shortest_lengths_are_given_up_first() -> None:
+    whole = SPEC.ring_bytes() + 360 * SPEC.bytes_per_token() + 360 * 4
+    scheduler, prompt = _scheduler(prefix_cache=whole + SPEC.ring_bytes() + 10), _prompt(300)
+    scheduler.add(Request(prompt=prompt, max_tokens=60, checkpoints=(100, 200)))
+    _run(scheduler)
+    assert scheduler.stats().prefix_entries == 1
+    assert _computed(scheduler, _parting(prompt, 250)) == 52
+
+
+def test_a_request_cancelled_at_a_checkpoint_leaves_what_was_prefilled() -> None:
+    scheduler, prompt = _scheduler(prefix_cache=1 << 20, chunk=16, prefill_budget=16), _prompt(200)
+    scheduler.add(Request(prompt=[1, 2], max_tokens=100))
+    scheduler.step()
+    number, _ = scheduler.add(Request(prompt=prompt, max_tokens=5, checkpoints=(64,)))
+    while scheduler.stats().prefilled_tokens < 2 + 64:
+        scheduler.step()
+    assert scheduler.stats().prefilled_tokens == 2 + 64
+    assert scheduler.cancel(number)
+    assert _computed(scheduler, prompt) == 200 - 64
+
+
+def test_where_shapes_are_restricted_prompts_are_computed_alone_in_whole_chunks() -> None:
+    speculator = fake_speculator()
+    speculator.shapes = Shapes(least=1, longest={1: 9, 2: 9, 3: 9, 4: 9}, free=False)
+    scheduler = Scheduler(
+        speculator, vocab_size=VOCAB, max_positions=10_000, depth=FixedDepth(3), chunk=16, prefill_budget=64
+    )
+    prompts, forwards, rows = [_prompt(n, n) for n in (40, 5, 16, 33)], [], []
+    prefill, first = speculator.prefill_together, speculator.first
+
+    def noted_prefill(chunks: Any) -> Any:
+        forwards.append([len(tokens) for _, tokens in chunks])
+        return prefill(chunks)
+
+    def noted_first(cache: Any, hidden: Any, *args: Any, **options: Any) -> Any:
+        rows.append(hidden.shape[0])
+        return first(cache, hidden, *args, **options)
+
+    with patch.multiple(speculator, prefill_together=noted_prefill, first=noted_first):
+        for prompt in prompts:
+            scheduler.add(Request(prompt=prompt, max_tokens=8))
+        got = _run(scheduler)
+    assert got == {n: expected(p, 8) for n, p in enumerate(prompts)}
+    assert forwards == [[16], [16], [8], [5], [16], [16], [16], [1]]
+    assert rows == [1, 1, 1, 1]
+
+
 def test_a_shared_beginning_is_computed_once_for_all_rows() -> None:
     scheduler = _scheduler(prefix_cache=1 << 20, chunk=64, prefill_budget=64)
     system = _prompt(200)
@@ -201,6 +306,20 @@ def test_the_least_recently_used_prefix_goes_first() -> None:
         assert scheduler.stats().prefix_bytes <= 2 * one + 10
     # 1 was used when 3 came, so 2 had to go.
     assert scheduler.stats().prefix_hits == 2
+
+
+def test_a_prefix_that_a_running_row_uses_is_not_the_least_recently_used() -> None:
+    one = SPEC.ring_bytes() + 40 * SPEC.bytes_per_token() + 40 * 4
+    scheduler = _scheduler(prefix_cache=2 * one + 10)
+    for seed in (1, 2):
+        assert _computed(scheduler, _prompt(40, seed)) == 40
+    scheduler.add(Request(prompt=[*_prompt(40, 1), 3, 4], max_tokens=300))
+    other, _ = scheduler.add(Request(prompt=_prompt(40, 3), max_tokens=1))
+    while other in scheduler:
+        scheduler.step()
+    _, stats = scheduler.add(Request(prompt=[*_prompt(40, 1), 5], max_tokens=1))
+    _run(scheduler)
+    assert stats.reused == 40
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:

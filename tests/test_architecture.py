@@ -16,7 +16,7 @@ ROOT = Path(mlx_gemma_mtp.__file__).parent
 
 # Imports point down only, or stay inside one of the packages. A new module needs a place here.
 LEVELS: dict[str, float] = {
-    "config": 0, "request": 0, "stats": 0.5, "generation_config": 0.5, "convert.names": 0,
+    "config": 0, "request": 0, "json_file": 0, "stats": 0.5, "generation_config": 0.5, "convert.names": 0,
     "views": 1, "sampling": 1, "acceptance": 1, "costs": 1, "cache": 1.5, "prefix": 1.75,
     "models": 2, "speculative": 2, "depth": 2, "adaptive": 2.5,
     "loading": 3, "jobs": 2.5, "admission": 3, "scheduler": 3.5, "probe": 3, "profiles": 3.5, "tune": 3.6,
@@ -24,11 +24,12 @@ LEVELS: dict[str, float] = {
     "text": 4, "stops": 4.5, "tool_grammar": 4.5, "tool_calls": 4.6, "constraints": 4.5, "generation": 4.8,
     "runtime": 5, "handle": 5.2, "engine": 5.5,
     "verify": 6, "convert": 6, "benchmark": 6,
-    "server": 7, "verify_cli": 7, "tune_cli": 7, "bench_cli": 7.5, "serve_cli": 7.5,
+    "server": 7, "terminal": 7, "cli_options": 7.2, "generate_cli": 7.5, "chat_cli": 7.5, "info_cli": 7.5,
+    "verify_cli": 7.5, "serve_cli": 7.5, "tune_cli": 7.5, "bench_cli": 7.6,
     "cli": 8,
 }  # fmt: skip
-WITHOUT_MLX = ("config", "request", "stats", "generation_config", "convert.names", "acceptance", "costs", "depth",
-               "adaptive")  # fmt: skip
+WITHOUT_MLX = ("config", "request", "json_file", "stats", "generation_config", "convert.names", "acceptance", "costs",
+               "depth", "adaptive")  # fmt: skip
 # Where every failure has to become an answer: to HTTP, in a terminal, to those who wait for the engine's thread or for
 # a benchmark's process.
 # tokenizers raises plain Exception for a file that it can't read.

@@ -15,7 +15,7 @@ if not BENCH.is_dir():
     pytest.skip("a source distribution has no benchmarks", allow_module_level=True)
 
 run_all = bench_module("run_all")
-PARSERS = ("limits.py", "decode.py", "serve.py")
+PARSERS = ("limits.py", "decode.py", "context.py", "serve.py")
 
 
 @pytest.fixture
@@ -27,7 +27,18 @@ def openblas(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_all_of_them(openblas: Path) -> None:
     found = run_all.jobs(run_all.parse(["--e2b", "/tmp/e2b"]))
-    names = ["limits", "decode", *["depth"] * 4, "serve", "acceptance", "shared-noise", "convert", "tables", "plots"]
+    names = [
+        "limits",
+        "decode",
+        "context",
+        *["depth"] * 4,
+        "serve",
+        "acceptance",
+        "shared-noise",
+        "convert",
+        "tables",
+        "plots",
+    ]
     assert [j.name for j in found] == names
     assert [j.preload for j in found if j.name == "depth"] == [None, openblas] * 2
     records = [j.command[j.command.index("--out") + 1] for j in found if "--out" in j.command]

@@ -169,7 +169,7 @@ class TestRuntime:
         budget = 2 * (spec.ring_bytes() + 1024 * spec.bytes_per_token())
         scheduler = runtime.scheduler(max_batch=8, kv_budget=budget, prefix_cache=1 << 20)
         for i in range(4):
-            scheduler.add(Request(prompt=[5 + i] * 400, max_tokens=200, ignore_eos=True))
+            scheduler.add(Request(prompt=[5 + i] * 400, max_tokens=120, ignore_eos=True))
         most = 0
         while scheduler.busy:
             scheduler.step()

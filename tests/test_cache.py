@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp import views
 from mlx_gemma_mtp.cache import KVCache, capacity_step, planned_bytes, row_bucket
 from mlx_gemma_mtp.config import KVSlotSpec
 from mlx_gemma_mtp.speculative import Block
@@ -42,6 +43,13 @@ def _filled(length: int) -> KVCache:
     for start in range(0, length, 64):
         speculator.prefill(cache, tokens[start : start + 64])
     return cache
+
+
+def test_a_prompt_outgrows_its_row() -> None:
+    prompt, speculator, cache = [(3 * i) % 11 for i in range(1100)], fake_speculator(), KVCache.with_row(SPEC, 20)
+    speculator.prefill(cache, prompt[:20])
+    hidden = speculator.prefill(cache, prompt[20:])
+    assert hidden.tolist() == [[sum(prompt), sum(prompt[-WINDOW:]), 1099]]
 
 
 def test_bytes_follow_each_rows_own_length() -> None:
@@ -262,6 +270,22 @@ def test_no_buffer_is_copied_by_a_prefill() -> None:
     extra = mx.get_peak_memory() - before
     # A long block joins K and V of a ring to its own, and writes a new ring: never more than one layer's at a time.
     assert extra < 4 * ring + buffer / 2
+
+
+def test_scores_of_a_long_chunk_are_made_some_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (mx.random.normal((1, heads, n, 16)) for heads, n in ((4, 256), (2, 4096), (2, 4096)))
+    mask = mx.arange(4096)[None, None, None] <= (3840 + mx.arange(256))[:, None]
+    mx.eval(q, k, v, mask)
+    whole = views.attention(q, k, v, mask)
+    mx.eval(whole)
+    scores = 4 * 256 * 4096 * 4
+    monkeypatch.setattr(views, "_MAX_SCORES", scores // 4 // 8)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    parts = views.attention(q, k, v, mask)
+    mx.eval(parts)
+    assert mx.get_peak_memory() - before < scores / 2
+    assert mx.allclose(whole, parts, atol=1e-5)
 
 
 class _WideTarget:

@@ -25,6 +25,7 @@ from mlx_gemma_mtp.convert.output import appearing
 from mlx_gemma_mtp.convert.pipeline import TooLargeError, accepted_share, run
 from mlx_gemma_mtp.convert.recipes import RECIPES
 from tests import tiny
+from tests.cases import kinds_with
 
 Sources = Callable[[tiny.Kind], Path]
 PROMPT = [5, 9, 11, 300, 42, 17, 8, 99]
@@ -73,8 +74,7 @@ def digests(directory: Path) -> dict[str, str]:
     return {str(f.relative_to(directory)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize(("kind", "recipe"), kinds_with(RECIPES))
 def test_every_recipe_converts_loads_and_decodes(
     sources: Sources, tmp_path: Path, kind: tiny.Kind, recipe: str
 ) -> None:
@@ -497,4 +497,4 @@ def test_a_drafter_added_to_a_conversion_without_one(sources: Sources, tmp_path:
     shutil.copytree(sources("text") / "drafter", tmp_path / "out" / "drafter")
     convert(tmp_path / "out", tmp_path / "again", measure=False)
     shutil.copytree(sources("text"), tmp_path / "again" / "other")
-    convert(tmp_path / "again" / "other", tmp_path / "third", measure=False)
+    assert convert(tmp_path / "again" / "other", tmp_path / "third", measure=False)["drafter"] is not None

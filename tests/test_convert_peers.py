@@ -27,6 +27,7 @@ from mlx_gemma_mtp.models.linear import rms_norm
 from mlx_gemma_mtp.runtime import load
 from mlx_gemma_mtp.views import attention
 from tests import tiny
+from tests.cases import kinds_with
 
 PROMPT = [5, 9, 11, 300, 42, 17, 8, 99, 3, 271]
 TOLERANCE = 1e-4  # of the largest logit
@@ -67,9 +68,12 @@ def widen_lookups(inner: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "style"), [*((recipe, "google") for recipe in RECIPES), ("bf16", "hf"), ("4bit", "hf")]
+    ("kind", "recipe", "style"),
+    [
+        *(pytest.param(*case.values, "google", marks=case.marks) for case in kinds_with(RECIPES)),
+        *((kind, recipe, "hf") for kind in tiny.KINDS for recipe in ("bf16", "4bit")),
+    ],
 )
-@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_mlx_lm_gives_the_same_logits(tmp_path: Path, kind: tiny.Kind, recipe: str, style: tiny.Style) -> None:
     """Also of a source whose config has transformers' form, which mlx-lm doesn't know."""
     from mlx_lm.utils import load_model

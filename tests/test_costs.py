@@ -144,3 +144,23 @@ def test_predictability_tells_a_change_of_text_once() -> None:
     assert text.changed()
     text.forget(0)
     assert not text.changed()
+
+
+def test_a_request_that_has_ended_is_known_no_more() -> None:
+    model = AcceptanceModel()
+    for _ in range(20):
+        model.observe(1, 2, 2)
+        model.observe(2, 2, 0)
+        model.tick()
+    assert model.of(1) != model.of(3)
+    model.forget(1)
+    assert model.of(1) == model.of(3)
+
+
+def test_a_draft_counts_in_its_own_round_only() -> None:
+    model = AcceptanceModel()
+    model.observe(1, 1, 1)
+    model.tick()
+    before = model.rates
+    model.tick()
+    assert model.rates == before

@@ -16,9 +16,9 @@ import pytest
 from mlx_gemma_mtp import SamplingParams
 from mlx_gemma_mtp.sampling import Rows
 
-from .laws import DRAWS, MIXED, Array, Chain, EarlyStop, WrongResidual, law_of, random_logits
+from .laws import MIXED, Array, Chain, EarlyStop, WrongResidual, law_of, random_logits
 
-VOCAB, DEPTH = 8, 3
+VOCAB, DEPTH, DRAWS = 8, 3, 20_000
 PENALISED = SamplingParams(
     temperature=1.1, repetition_penalty=1.5, presence_penalty=0.4, frequency_penalty=0.6, top_k=6, top_p=0.95
 )

@@ -18,6 +18,7 @@ from mlx_gemma_mtp.depth import FixedDepth
 from mlx_gemma_mtp.loading import load_pair
 from mlx_gemma_mtp.scheduler import Scheduler
 
+from .cases import examples
 from .tiny import Kind, write_pair
 
 KINDS: tuple[Kind, ...] = ("edge2", "moe")
@@ -128,6 +129,9 @@ class Interleaving(RuleBasedStateMachine):
 
 
 Interleaving.TestCase.settings = settings(
-    max_examples=20, stateful_step_count=25, deadline=None, phases=(Phase.generate, Phase.reuse, Phase.shrink)
+    max_examples=examples(8, long=30),
+    stateful_step_count=25,
+    deadline=None,
+    phases=(Phase.generate, Phase.reuse, Phase.shrink),
 )
 TestInterleaving = Interleaving.TestCase

@@ -146,7 +146,7 @@ def test_paths_of_quantization_overrides(path: str, expected: str) -> None:
     # An override reaches the very tensors that are stored under its path.
     for suffix in ("weight", "scales", "biases"):
         found = canonical(f"{path}.{suffix}", all_write)
-        assert found == f"{expected}.{suffix}" or isinstance(found, Skipped)
+        assert isinstance(found, Skipped) if path.startswith("vision") else found == f"{expected}.{suffix}"
 
 
 PARTS = st.sampled_from(

@@ -13,6 +13,7 @@ from mlx_gemma_mtp.depth import FixedDepth
 from mlx_gemma_mtp.loading import load_pair
 from mlx_gemma_mtp.scheduler import Scheduler
 
+from .cases import examples
 from .tiny import Kind, write_pair
 
 KINDS: tuple[Kind, ...] = ("unified", "edge2")
@@ -48,7 +49,7 @@ seeded = st.builds(
 crowd = st.one_of(seeded, st.just(SamplingParams()), st.builds(SamplingParams, temperature=st.just(1.2)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(25, long=200), deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     params=st.lists(crowd, min_size=1, max_size=3),

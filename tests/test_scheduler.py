@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlx_gemma_mtp import Request, SamplingParams, SpecStats, cache, speculative
 from mlx_gemma_mtp.adaptive import parse_depth
 from mlx_gemma_mtp.cache import planned_bytes
-from mlx_gemma_mtp.depth import FixedDepth
+from mlx_gemma_mtp.depth import FixedDepth, RoundShape, RowOutcome
 from mlx_gemma_mtp.scheduler import Scheduler
 
 from .fakes import SPEC, VOCAB, expected, fake_speculator
@@ -35,7 +35,7 @@ def _scheduler(**options: Any) -> Scheduler:
     speculator = fake_speculator(drafter=options.pop("drafter", 1) > 0, compiled=options.pop("compiled", 0) > 0)
     settings: dict[str, Any] = {"vocab_size": VOCAB, "max_positions": 100_000, **options}
     depth = _Cutting(settings.pop("depth", 3), chain=settings.pop("min_chain", 0.0))
-    return Scheduler(speculator, depth=depth, **settings)
+    return Scheduler(speculator, depth=settings.pop("policy", depth), **settings)
 
 
 def _fresh(**options: int) -> tuple[Scheduler, dict[int, list[int]], dict[int, str | None]]:
@@ -357,3 +357,62 @@ def test_only_so_many_compiled_functions_are_kept() -> None:
                 _drain(scheduler, got, {})
                 assert [got[n] for n in numbers] == [expected([1] * (i + 3), 30) for i in range(rows)]
                 assert len(scheduler._speculator._functions) <= 5
+
+
+@dataclass(frozen=True)
+class _Noting(FixedDepth):
+    """Notes what a policy is told."""
+
+    outcomes: list[RowOutcome] = field(default_factory=list)
+    forgotten: list[int] = field(default_factory=list)
+
+    def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
+        self.outcomes.extend(outcomes)
+
+    def forget(self, request: int) -> None:
+        self.forgotten.append(request)
+
+
+@pytest.mark.parametrize("pipelined", ["all", "none"])
+def test_the_policy_hears_of_drafts_up_to_the_end_and_not_behind_it(pipelined: str) -> None:
+    policy = _Noting(6)
+    scheduler = _scheduler(policy=policy, pipelined=pipelined)
+    got: dict[int, list[int]] = {}
+    stats = [
+        scheduler.add(Request(prompt=[1, n], max_tokens=40, stop_ids=frozenset({n % VOCAB})))[1] for n in range(10)
+    ]
+    reasons: dict[int, str | None] = {}
+    _drain(scheduler, got, reasons)
+    last = {o.request: o for o in policy.outcomes}
+    assert all(0 <= o.accepted <= o.offered <= 6 for o in policy.outcomes)
+    stopped = [last[n] for n, reason in reasons.items() if reason == "stop" and n in last]
+    assert all(o.offered <= len(o.tokens) + 1 for o in stopped)
+    assert any(o.accepted == len(o.tokens) + 1 for o in stopped), "a stop token that was drafted is an accepted draft"
+    assert any(o.offered > len(o.tokens) for o in policy.outcomes)
+    accepted = sum(o.accepted for o in policy.outcomes)
+    assert 0 < accepted <= sum(s.accepted for s in stats)
+
+
+def test_the_policy_forgets_every_request_that_is_over() -> None:
+    policy = _Noting(3)
+    scheduler = _scheduler(policy=policy, max_batch=2)
+    for n in range(5):
+        scheduler.add(Request(prompt=[1, n], max_tokens=10 if n else 60))
+    scheduler.step()
+    scheduler.step()
+    assert policy.forgotten == []
+    for number in (0, 4):  # a row, and one that waits
+        assert scheduler.cancel(number)
+    assert policy.forgotten == [0, 4]
+    assert scheduler.pause(1)
+    assert 1 in scheduler
+    assert scheduler.cancel(1)
+    assert 1 not in scheduler
+    _drain(scheduler, {}, {})
+    assert sorted(policy.forgotten) == [0, 1, 2, 3, 4]
+    lost, _ = scheduler.add(Request(prompt=[1], max_tokens=30))
+    scheduler.step()
+    with patch.object(scheduler._speculator, "land", side_effect=RuntimeError), pytest.raises(RuntimeError):
+        scheduler.step()
+    assert scheduler.abort() == [lost]
+    assert policy.forgotten[-1] == lost

@@ -194,6 +194,10 @@ def test_thinking(thinking: dict[str, Any], thinks: bool, constraint: object) ->
         ({"thinking": {"type": "enabled"}}, "budget_tokens"),
         ({"thinking": {"type": "disabled"}, "thinking_budget": 5}, "give one of them"),
         ({"mcp_servers": []}, "mcp_servers"),
+        ({"thinking": {"type": "disabled", "budget_tokens": 5}}, "thinking is disabled"),
+        ({"tools": TOOLS, "tool_choice": {"type": "auto", "name": "get_time"}}, "tool_choice.name"),
+        ({"tools": [TOOLS[0] | {"input_examples": [{}]}]}, "input_examples"),
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The"}]}, "messages[1]"),
     ],
 )  # fmt: skip
 def test_errors(body: dict[str, Any], says: str) -> None:
@@ -203,3 +207,55 @@ def test_errors(body: dict[str, Any], says: str) -> None:
     assert says in got.json()["error"]["message"]
     assert got.json()["request_id"] == got.headers["request-id"]
     assert not fake.engine.streams
+
+
+RESULT: dict[str, Any] = {"type": "tool_result", "tool_use_id": "a", "content": "12:00"}
+USE: dict[str, Any] = {"type": "tool_use", "id": "a", "name": "get_time", "input": {}}
+
+
+def blocks(assistant: list[dict[str, Any]], user: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": assistant},
+        {"role": "user", "content": user},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        (blocks([USE | {"colour": 1}], [RESULT]), "messages[1].content[0].colour"),
+        (blocks([USE | {"caller": {"type": "code_execution"}}], [RESULT]), "messages[1].content[0].caller"),
+        (blocks([USE], [RESULT | {"priority": "high"}]), "messages[2].content[0].priority"),
+        (blocks([USE], [RESULT | {"is_error": "no"}]), "messages[2].content[0].is_error"),
+        (blocks([USE], [RESULT | {"content": [{"type": "text", "text": "x", "lang": "en"}]}]),
+         "messages[2].content[0].content[0].lang"),
+        (blocks([{"type": "thinking", "thinking": "x", "effort": 1}], [RESULT]), "messages[1].content[0].effort"),
+        (blocks([{"type": "redacted_thinking", "data": "x", "of": 1}], [RESULT]), "messages[1].content[0].of"),
+        (blocks([{"type": "text", "text": "x", "citations": [{"type": "char_location"}]}], [RESULT]),
+         "messages[1].content[0].citations"),
+    ],
+)  # fmt: skip
+def test_fields_of_blocks_that_nothing_reads_are_refused(messages: list[dict[str, Any]], says: str) -> None:
+    got = Fake().message(messages=messages, tools=TOOLS)
+    assert got.status_code == 400
+    assert says in got.json()["error"]["message"]
+
+
+def test_labels_of_blocks_change_nothing() -> None:
+    """What clients send by themselves: hints for a cache, signatures, who called, null for what there is not."""
+    cached = {"cache_control": {"type": "ephemeral"}}
+    plain, labelled = Fake(), Fake()
+    thought: dict[str, Any] = {"type": "thinking", "thinking": "Hm."}
+    past = [thought, {"type": "text", "text": "So"}, USE]
+    assert plain.message(messages=blocks(past, [RESULT]), tools=TOOLS).status_code == 200
+    past = [
+        thought | {"signature": "x"},
+        {"type": "redacted_thinking", "data": "x"},
+        {"type": "text", "text": "So", "citations": None} | cached,
+        USE | {"caller": {"type": "direct"}, "toolset_name": None} | cached,
+    ]
+    now = [RESULT | {"is_error": False} | cached]
+    got = labelled.message(messages=blocks(past, now), tools=TOOLS, metadata={"user_id": "u"})
+    assert got.status_code == 200
+    assert labelled.prompt == plain.prompt

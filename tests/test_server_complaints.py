@@ -34,7 +34,7 @@ RESULT = {"role": "tool", "tool_call_id": "a", "content": "ten"}
 
 
 def ask(live: Live, **more: Any) -> dict[str, Any]:
-    response = httpx.post(f"{live.url}/v1/chat/completions", json=chat_body(messages=STORY, **more), timeout=300)
+    response = httpx.post(f"{live.url}/v1/chat/completions", json=chat_body(**{"messages": STORY, **more}), timeout=300)
     assert response.status_code == 200, response.text
     found: dict[str, Any] = response.json()
     return found
@@ -47,12 +47,15 @@ def content(answer: dict[str, Any]) -> str:
 class TestSilentlyDropped:
     @pytest.mark.parametrize("depth", [0, 4])
     def test_ollama_16563_16776_17183_json_schema_is_held(self, live: Live, depth: int) -> None:
+        ends = set()
         for seed in range(3):
             got = ask(live, response_format=JSON_FORMAT, temperature=1.5, seed=seed, depth=depth, max_tokens=200)
+            ends.add(got["choices"][0]["finish_reason"])
             if got["choices"][0]["finish_reason"] == "stop":
                 jsonschema.validate(json.loads(content(got)), SCHEMA)
             else:  # any amount of white space is JSON, too
                 assert content(got).startswith("{")
+        assert "stop" in ends
 
     def test_omlx_2399_constraints_hold_among_others(self, live: Live) -> None:
         """There, 4 of 6 constrained requests were kept when they ran together, and 0 of 6 alone."""
@@ -84,10 +87,15 @@ class TestSilentlyDropped:
         assert "Once" not in content(ask(live, temperature=0, max_tokens=20, logit_bias={str(token): -100}))
 
     def test_vllm_39573_a_thinking_budget_is_kept_with_drafts(self, live: Live) -> None:
-        for budget in (1, 6):
-            for seed in range(3):
-                got = ask(live, thinking_budget=budget, temperature=1, seed=seed, depth=4, max_tokens=120)
-                assert got["usage"]["completion_tokens_details"]["reasoning_tokens"] <= budget + 1
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        spent = []
+        for budget in (1, 6, 100):
+            got = ask(
+                live, messages=question, enable_thinking=True, thinking_budget=budget, temperature=0, depth=4
+            )  # fmt: skip
+            spent.append(got["usage"]["completion_tokens_details"]["reasoning_tokens"])
+        assert 0 < spent[0] <= 2
+        assert 2 < spent[1] <= 7 < spent[2]
 
     def test_mlx_vlm_logprobs_come_with_drafts(self, live: Live) -> None:
         got = ask(live, logprobs=True, top_logprobs=2, temperature=0, max_tokens=30, depth=4)

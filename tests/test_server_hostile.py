@@ -91,8 +91,26 @@ def test_bytes_that_are_no_text(live: Live, body: bytes) -> None:
 
 def test_header_floods(live: Live) -> None:
     flood = [f"X-Header-{i}: {'y' * 100}" for i in range(20_000)]
-    assert raw(live, post(b"{}", *flood)).startswith(b"HTTP/1.1 4")
-    assert raw(live, post(b"{}", "X-Long: " + "z" * 2_000_000)).startswith(b"HTTP/1.1 4")
+    chunked = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
+    trailers = chunked + "".join(f"{line}\r\n" for line in flood).encode()
+    for data in (post(b"{}", *flood), post(b"{}", "X-Long: " + "z" * 2_000_000), trailers):
+        got = raw(live, data)
+        assert got.startswith(b"HTTP/1.1 400 ")
+        assert b"head is larger than 65536 bytes" in got
+
+
+def test_a_large_body_is_no_head(live: Live) -> None:
+    """Nor are several requests on one connection one head."""
+    body = json.dumps(chat_body(messages=[{"role": "user", "content": "x" * 3_000_000}])).encode()
+    assert b"context_length_exceeded" in raw(live, post(body))
+    question = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Filler: " + b"y" * 40_000 + b"\r\n\r\n"
+    with connect(live) as client:
+        for _ in range(5):
+            client.sendall(question)
+            got = b""
+            while not got.endswith(b"}"):
+                got += client.recv(65536)
+            assert got.startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("data", [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\r\n" * 1000, b"A" * 200_000])
@@ -116,8 +134,9 @@ def test_a_reader_that_does_not_read(live: Live) -> None:
         client.sendall(post(json.dumps(body | {"logprobs": True}).encode()))
         readers.append(client)
     end = time.monotonic() + 20
-    while live.engine.stats().running < 2 and time.monotonic() < end:
+    while (running := live.engine.stats().running) < 2 and time.monotonic() < end:
         time.sleep(0.02)
+    assert running == 2
     live.wait_idle(60)
     for client in readers:
         client.close()

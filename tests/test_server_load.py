@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .load import run
+import pytest
+
+from .load import growth, memory_of, run
 
 
 def test_clients_that_come_and_go() -> None:
@@ -11,3 +13,11 @@ def test_clients_that_come_and_go() -> None:
     assert report["rows_left"] == 0
     assert report["answers"] > 0
     assert report["left"] > 0
+    assert set(report["server_rss_mb"]) == {"start", "first third", "middle third", "last third"}
+
+
+def test_memory_is_judged_by_its_last_thirds() -> None:
+    """Warming up is no leak, nor is a single peak."""
+    assert growth([10, 50, 100, 100, 100, 100, 100, 900, 100]) == 0
+    assert growth([100, 100, 100, 100, 100, 100, 110, 110, 110]) == pytest.approx(0.1)
+    assert memory_of([7]) == {"start": 7, "first third": 7, "middle third": 7, "last third": 7}

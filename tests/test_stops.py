@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp import Runtime, SamplingParams, SpecStats
@@ -16,7 +17,6 @@ from mlx_gemma_mtp.text import Piece, TextCodec
 from .tiny import write_pair
 
 DEMO = Path(__file__).parents[1] / "mlx_gemma_mtp" / "demo"
-texts = st.text("abc", max_size=12)
 
 
 def reference(text: str, stops: list[str]) -> tuple[str, str | None]:
@@ -29,9 +29,21 @@ def reference(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
+@st.composite
+def texts_of_stops(draw: st.DrawFn) -> tuple[list[str], list[str]]:
+    """Stop strings, and a text that is full of them and of their beginnings, cut anywhere."""
+    stops = draw(st.lists(st.text("ab", min_size=1, max_size=5), max_size=3))
+    pieces = ["a", "b", "x", *stops, *(stop[:-1] for stop in stops)]
+    text = "".join(draw(st.lists(st.sampled_from(pieces), max_size=8)))
+    cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    return [text[a:b] for a, b in pairwise([0, *cuts, len(text)])], stops
+
+
 @settings(max_examples=500, deadline=None)
-@given(parts=st.lists(texts, max_size=6), stops=st.lists(st.text("abc", min_size=1, max_size=5), max_size=3))
-def test_any_text_in_any_pieces(parts: list[str], stops: list[str]) -> None:
+@given(texts_of_stops())
+@example((["b", "c"], ["a", "bc"]))
+def test_any_text_in_any_pieces(case: tuple[list[str], list[str]]) -> None:
+    parts, stops = case
     cutter, shown = StopStrings(stops), ""
     expected, matched = reference("".join(parts), stops)
     for part in parts:

@@ -168,6 +168,25 @@ def _memory(samples: Sequence[Mapping[str, Any]]) -> dict[str, Line]:
     return lines
 
 
+def _context(record: Record) -> Iterator[Plot]:
+    """Milliseconds of a round's parts, and memory, by context."""
+    names = {
+        "decode": "decoding a token",
+        "verify": f"verifying {record['block']} tokens",
+        "sliding": "layers with a window",
+        "full": "layers without a window",
+        "draft": "a draft",
+    }
+    for blas, run in record["runs"].items():
+        times, where = run["times_ms"], _NAMES[blas]
+        contexts = [float(c) for c in times]
+        lines = {label: (contexts, [float(times[c][n]["median"]) for c in times]) for n, label in names.items()}
+        yield Plot(name=f"time-by-context-{blas}", title=f"Cost: {where}", x="tokens of context", y="ms", lines=lines)
+        held = _memory(run["memory"])
+        title = f"Memory: {where}"
+        yield Plot(name=f"memory-by-context-{blas}", title=title, x="tokens of context", y="MB", lines=held)
+
+
 def _serve(record: Record) -> Iterator[Plot]:
     """Speed by batch, and the mean time to the first token by scenario."""
     for blas, run in record["runs"].items():
@@ -203,6 +222,7 @@ _KINDS: dict[str, Callable[[Record], Iterator[Plot]]] = {
     "bench": _bench,
     "decode": _decode,
     "limits": _limits,
+    "context": _context,
     "serve": _serve,
     "acceptance": _acceptance,
 }

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..json_file import read_object
+
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -66,7 +68,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = read_json(directory / "config.json")
+        self.config = read_object(directory / "config.json", ConvertError)
         self.files, index = _shards(directory)
         self._descriptors: dict[Path, int] = {}
         self.tensors: dict[str, Entry] = {}
@@ -112,19 +114,6 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, what: str) -> No
         done += got
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file. Raises ConvertError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise ConvertError(f"{path} is missing") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ConvertError(f"{path} is not valid JSON: {e}") from e
-    if not isinstance(data, dict):
-        raise ConvertError(f"{path} holds {type(data).__name__}, expected an object")
-    return data
-
-
 def _shards(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of a checkpoint, and its index (tensor to file name; empty where there is none)."""
     if not (directory / INDEX).is_file():
@@ -134,7 +123,7 @@ def _shards(directory: Path) -> tuple[list[Path], dict[str, str]]:
             why = f": {found[0]} is not read, as pickles can run code" if found else ""
             raise ConvertError(f"{directory} has no *.safetensors file{why}")
         return files, {}
-    table = read_json(directory / INDEX).get("weight_map")
+    table = read_object(directory / INDEX, ConvertError).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise ConvertError(f"{directory / INDEX}: weight_map is {table!r}, expected names of tensors and files")
     for tensor, name in table.items():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from .checkpoint import Checkpoint, ConvertError, Entry, read_json
+from ..json_file import read_object
+from .checkpoint import Checkpoint, ConvertError, Entry
 
 
 class Preview(Checkpoint):
@@ -14,7 +15,7 @@ class Preview(Checkpoint):
     def __init__(self, name: str, config: Path, entries: list[Entry], absent: int) -> None:
         self.directory, self.files, self._descriptors = Path(name), [], {}
         self.absent = absent
-        self.config = read_json(config)
+        self.config = read_object(config, ConvertError)
         self.tensors = {e.name: e for e in entries}
 
     def read(self, entry: Entry, first: int, last: int) -> bytearray:

@@ -55,14 +55,13 @@ class Drafter:
         """
         ropes = self._ropes.at(view.positions)
         chain: list[mx.array] = []
-        hidden = hidden[:, None]
         for _ in range(depth):
-            x = self.into(mx.concatenate([self._embed(token)[:, None], hidden], axis=-1))
+            x = self.into(mx.concatenate([self._embed(token), hidden], axis=-1))
             for layer in self.layers:
                 x = layer(x, view, ropes)
             x = rms_norm(x, self.norm, self.config.norm_eps)
             hidden = self.out(x)
-            token = choose(*self.head.scores(x[:, 0]))
+            token = choose(*self.head.scores(x))
             chain.append(token)
         return mx.stack(chain, axis=1) if chain else mx.zeros((token.shape[0], 0), mx.int32)
 

@@ -112,16 +112,19 @@ class Layer:
         per_layer_input: mx.array | None = None,
         last_ropes: Mapping[RopeSpec, Callable[[mx.array], mx.array]] | None = None,
     ) -> mx.array:
-        """x (R, L, hidden) at the view's positions, per_layer_input (R, L, P); returns (R, L, hidden).
+        """x (R * L, hidden) at the view's positions, per_layer_input (R * L, P); returns (R * L, hidden).
 
-        With `last_ropes`, those of the view's last positions, only their outputs are computed, (R, runs, hidden),
-        from their own per_layer_input (R, runs, P); the K/V of all positions are written all the same.
+        With `last_ropes`, those of the view's last positions, only their outputs are computed, (R * runs, hidden),
+        from their own per_layer_input (R * runs, P); the K/V of all positions are written all the same. Rows and
+        positions are one axis, as every product would else join and part them.
         """
         before_attention, after_attention, before_mlp, after_mlp = self.norms
         rope, last = self.spec.rope, last_ropes is not None
         query_rope = ropes[rope] if last_ropes is None else last_ropes[rope]
         attended = self._attend(rms_norm(x, before_attention, self.eps), view, ropes[rope], query_rope, last)
-        x = (view.last(x, 1) if last else x) + rms_norm(attended, after_attention, self.eps)
+        if last:
+            x = view.last(x.reshape(view.positions.shape[0], -1, x.shape[-1]), 1).reshape(-1, x.shape[-1])
+        x = x + rms_norm(attended, after_attention, self.eps)
         gate, up = self.gate_up(rms_norm(x, before_mlp, self.eps))
         y = self.down(gelu_gate(gate, up))
         if self.experts:
@@ -140,14 +143,14 @@ class Layer:
         query_rope: Callable[[mx.array], mx.array],
         last: bool,
     ) -> mx.array:
-        q, *kv = (self._heads(y) for y in self.qkv(x))
+        q, *kv = (self._heads(y, view.positions.shape[0]) for y in self.qkv(x))
         q = query_rope(rms_norm(view.last(q, 2) if last else q, self.q_norm, self.eps))
         pair = None
         if self.k_norm is not None:
             # Where keys and values share a projection (k_eq_v) they still differ: only keys are scaled and turned.
             pair = rope(rms_norm(kv[0], self.k_norm, self.eps)), rms_norm(kv[-1], None, self.eps)
         out = view.attend(self.spec.kv_slot, q, pair)
-        return self.out(out.swapaxes(1, 2).reshape(out.shape[0], out.shape[2], -1))
+        return self.out(out.swapaxes(1, 2).reshape(out.shape[0] * out.shape[2], -1))
 
-    def _heads(self, x: mx.array) -> mx.array:
-        return x.reshape(x.shape[0], x.shape[1], -1, self.spec.head_dim).swapaxes(1, 2)
+    def _heads(self, x: mx.array, rows: int) -> mx.array:
+        return x.reshape(rows, x.shape[0] // rows, -1, self.spec.head_dim).swapaxes(1, 2)

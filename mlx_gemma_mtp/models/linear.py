@@ -112,6 +112,7 @@ class Linear:
     ) -> None:
         self.weight, self.scales, self.biases, self.spec = weight, scales, biases, spec
         self.dtype = dtype or weight.dtype
+        self._turned: mx.array | None = None
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -121,7 +122,7 @@ class Linear:
     def __call__(self, x: mx.array) -> mx.array:
         """x (..., inputs) -> (..., outputs)."""
         if self.spec is None or self.scales is None:
-            return x @ self.weight.T
+            return x @ self._transposed()
         return mx.quantized_matmul(
             x,
             self.weight,
@@ -182,7 +183,7 @@ class Linear:
             if self.dtype != mx.float32 and mx.default_device().type == mx.cpu:
                 # MLX's CPU backend gathers float32 matrices only; those that are used are copied out instead.
                 return x @ self.weight[index].swapaxes(-1, -2)
-            return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=index, sorted_indices=in_order)
+            return mx.gather_mm(x, self._transposed(), rhs_indices=index, sorted_indices=in_order)
         return mx.gather_qmm(
             x,
             self.weight,
@@ -195,6 +196,13 @@ class Linear:
             mode=self.spec.mode,
             sorted_indices=in_order,
         )
+
+    def _transposed(self) -> mx.array:
+        """W.T, a view: evaluated, as every product in every graph would else begin by making it."""
+        if self._turned is None:
+            self._turned = self.weight.swapaxes(-1, -2)
+            mx.eval(self._turned)
+        return self._turned
 
 
 class Stacked:

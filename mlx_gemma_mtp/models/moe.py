@@ -51,7 +51,7 @@ class Experts:
         return chosen, weights / weights.sum(axis=-1, keepdims=True) * self.expert_scale[chosen]
 
     def __call__(self, x: mx.array, dense: mx.array) -> mx.array:
-        """x (R, L, hidden): the residual stream; dense: the dense MLP's output. Returns both branches' sum, normed."""
+        """x (..., hidden): the residual stream; dense: the dense MLP's output. Returns both branches' sum, normed."""
         after_dense, before_experts, after_experts = self.norms
         flat = x.reshape(-1, self.hidden)
         chosen, weights = self.route(flat)

@@ -47,17 +47,20 @@ class Target:
 
         With `last_only`, just the view's last positions' (R, runs, hidden): the K/V of all are written all the same.
         """
-        x = self.embed(tokens)
-        inputs = self.per_layer(tokens, x) if self.per_layer else None
+        rows = tokens.shape[0]
+        flat = tokens.reshape(-1)
+        x = self.embed(flat)
+        inputs = self.per_layer(flat, x) if self.per_layer else None
         ropes, last_ropes = self._ropes.at(view.positions, view.runs), None
         for i, layer in enumerate(self.layers):
             if last_only and i == self._last_writer:
                 last_ropes = self._ropes.at(view.last(view.positions, 1), [1] * len(view.runs))
-                inputs = None if inputs is None else view.last(inputs, 1)
-            x = layer(x, view, ropes, None if inputs is None else inputs[:, :, i], last_ropes)
+                if inputs is not None:
+                    inputs = [view.last(y.reshape(rows, -1, y.shape[-1]), 1).reshape(-1, y.shape[-1]) for y in inputs]
+            x = layer(x, view, ropes, None if inputs is None else inputs[i], last_ropes)
             if last_ropes is not None:
                 ropes, last_ropes = last_ropes, None
-        return rms_norm(x, self.norm, self.config.norm_eps)
+        return rms_norm(x, self.norm, self.config.norm_eps).reshape(rows, -1, x.shape[-1])
 
     def unembed(self, hidden: mx.array) -> mx.array:
         """Logits (..., vocab) of hidden states (..., hidden), soft-capped: cap * tanh(logits / cap)."""
@@ -81,12 +84,14 @@ class PerLayerInputs:
         """What it keeps in memory."""
         return [*self.table.arrays, *self.projection.arrays, self.norm]
 
-    def __call__(self, tokens: mx.array, embedded: mx.array) -> mx.array:
-        """tokens (R, L), embedded (R, L, hidden) -> (R, L, layers, P): the mean of both sources, times sqrt(2)."""
-        shape = (*tokens.shape, len(self.config.layers), -1)
+    def __call__(self, tokens: mx.array, embedded: mx.array) -> list[mx.array]:
+        """tokens (N,), embedded (N, hidden) -> for each layer (N, P): the mean of both sources, times sqrt(2)."""
+        layers = len(self.config.layers)
+        shape = (tokens.shape[0], layers, -1)
         of_token: float = self.config.per_layer_hidden**0.5
         of_context: float = self.config.hidden_size**-0.5
         from_token = (self.table.rows(tokens) * of_token).reshape(shape)
         projected = (self.projection(embedded) * of_context).reshape(shape)
         half: float = 2.0**-0.5
-        return (rms_norm(projected, self.norm, self.config.norm_eps) + from_token) * half
+        mean = (rms_norm(projected, self.norm, self.config.norm_eps) + from_token) * half
+        return list(mx.split(mean.reshape(tokens.shape[0], -1), layers, axis=1))

@@ -95,23 +95,17 @@ class MessageAnswer:
         return self._message(content) | self._end(choice) | {"usage": self._usage(choice), "mtp": self._report(choice)}
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The stream's events."""
+        """The stream's events; those of one update come together."""
         choice = self._run.choices[0]
         begun = self._message([]) | {"stop_reason": None, "stop_sequence": None, "usage": self._usage(choice)}
-        yield _named({"type": "message_start", "message": begun})
-        yield _named({"type": "ping"})
+        yield _named({"type": "message_start", "message": begun}, {"type": "ping"})
         async for update in self._run.updates():
-            for delta in update.deltas:
-                for data in self._of(delta):
-                    yield _named(data)
-        if self._block is None:
-            for data in self._of(Piece(kind="answer", text="")):
-                yield _named(data)
-        for data in self._close():
-            yield _named(data)
+            if data := [e for delta in update.deltas for e in self._of(delta)]:
+                yield _named(*data)
+        last = [*(self._of(Piece(kind="answer", text="")) if self._block is None else ()), *self._close()]
         usage = self._usage(choice)
-        yield _named({"type": "message_delta", "delta": self._end(choice), "usage": usage, "mtp": self._report(choice)})
-        yield _named({"type": "message_stop"})
+        end = {"type": "message_delta", "delta": self._end(choice), "usage": usage, "mtp": self._report(choice)}
+        yield _named(*last, end, {"type": "message_stop"})
 
     def _of(self, delta: Delta) -> list[dict[str, Any]]:
         """Events of one delta: the end of a block and the start of another, where it is of another kind."""
@@ -181,11 +175,16 @@ async def _prompt(service: Service, body: CountRequest) -> tuple[list[int], list
     choice = body.tool_choice
     if choice is not None and choice.type == "tool" and choice.name is None:
         raise bad("tool_choice.name is missing", "tool_choice")
+    if choice is not None and choice.type != "tool" and choice.name is not None:
+        raise bad(f"tool_choice.name is not for the type {choice.type!r}", "tool_choice.name", "invalid_value")
     if choice is not None and choice.type in ("any", "tool") and not tools:
         raise bad("tool_choice asks for a call, but there are no tools", "tool_choice")
     prompts.check_names(tools, choice.name if choice is not None and choice.type == "tool" else None)
     rendered = _system(body) + _messages(body.messages)
     prompts.check_tool_results(rendered)
+    if body.messages[-1].role == "assistant":
+        last = f"messages[{len(body.messages) - 1}]"
+        raise bad(f"{last} is the assistant's: an answer that is begun can't be continued here", last, "unsupported")
     thinks, _ = _thinking(body)
     ids = await service.render(rendered, thinking=thinks, tools=prompts.for_template(tools))
     return ids, tools
@@ -200,6 +199,8 @@ def _thinking(body: CountRequest) -> tuple[bool, int | None]:
     wanted = body.thinking
     if wanted is not None and wanted.type == "enabled" and wanted.budget_tokens is None:
         raise bad("thinking.budget_tokens is missing", "thinking.budget_tokens")
+    if wanted is not None and wanted.type == "disabled" and (wanted.budget_tokens or wanted.display):
+        raise bad("thinking is disabled, and has a budget or a display", "thinking", "invalid_value")
     budget = wanted.budget_tokens if wanted is not None and wanted.type != "disabled" else None
     extra = body.thinking_budget if isinstance(body, MessagesRequest) else None
     if extra is not None and wanted is not None:
@@ -239,6 +240,9 @@ def _user(parts: Sequence[Part], where: str) -> list[prompts.Message]:
             continue
         extra, at = part.model_extra or {}, f"{where}[{i}]"
         content = extra.get("content")
+        prompts.check_keys(extra, ("tool_use_id", "content", "is_error", "cache_control"), at)
+        if not isinstance(extra.get("is_error", False), bool | None):
+            raise bad(f"{at}.is_error is neither true nor false", f"{at}.is_error", "invalid_value")
         inner = content if isinstance(content, str) else prompts.text_of(_parts(content, at), f"{at}.content")
         # The template has no other way to say that a call failed.
         text = f"Error: {inner}" if extra.get("is_error") else inner
@@ -254,14 +258,21 @@ def _assistant(parts: Sequence[Part], where: str) -> prompts.Message:
     for i, part in enumerate(parts):
         extra, at = part.model_extra or {}, f"{where}[{i}]"
         if part.type == "thinking":
+            prompts.check_keys(extra, ("thinking", "signature"), at)
             thought += _text(extra, "thinking", at)
         elif part.type == "tool_use":
+            prompts.check_keys(extra, ("id", "name", "input", "cache_control", "caller"), at)
+            if extra.get("caller") not in (None, {"type": "direct"}):
+                raise bad(f"{at}.caller: only the model itself makes calls here", f"{at}.caller", "invalid_value")
             arguments = extra.get("input")
             if not isinstance(arguments, dict):
                 raise bad(f"{at}.input is no object", f"{at}.input")
             checked = prompts.arguments_of(json.dumps(arguments), f"{at}.input")
             calls.append((_text(extra, "id", at), _text(extra, "name", at), checked))
-        elif part.type != "redacted_thinking":
+        elif part.type == "redacted_thinking":
+            # Only its maker can read it, and earlier thoughts are no part of a prompt.
+            prompts.check_keys(extra, ("data",), at)
+        else:
             texts.append(part)
     text = prompts.text_of(texts, where)
     if calls:
@@ -304,5 +315,5 @@ def _call_id() -> str:
     return f"toolu_{uuid.uuid4().hex[:24]}"
 
 
-def _named(data: dict[str, Any]) -> bytes:
-    return event(data, data["type"])
+def _named(*data: dict[str, Any]) -> bytes:
+    return b"".join(event(d, d["type"]) for d in data)

@@ -33,7 +33,8 @@ class ToolSpec(Body):
     input_schema: dict[str, Any]
     type: Literal["custom"] | None = None
     strict: bool | None = None
-    input_examples: list[dict[str, Any]] | None = None
+    # Known, and not to be had here: the chat template has no place for them.
+    input_examples: Annotated[list[Any], Field(max_length=0)] | None = None
     # Hints, and what every tool here is anyway.
     cache_control: dict[str, Any] | None = None
     eager_input_streaming: bool | None = None

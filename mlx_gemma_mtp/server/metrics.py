@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from ..engine import EngineStats
 from ..stats import SpecStats
@@ -28,18 +31,16 @@ class Metrics:
         self._ended = Counter(f"{_NAME}_outputs", "Outputs ended, by reason.", ["reason"], registry=self.registry)
         self._prompt = Counter(f"{_NAME}_prompt_tokens", "Tokens of prompts.", registry=self.registry)
         self._tokens = Counter(f"{_NAME}_output_tokens", "Tokens given out.", registry=self.registry)
-        self._first = Histogram(
-            f"{_NAME}_time_to_first_token_seconds",
-            "From a request's submission to its first token.",
-            buckets=_FIRST,
-            registry=self.registry,
+        self._first = _Histogram(
+            "time_to_first_token_seconds", "From a request's submission to its first token.", _FIRST
         )
-        self._between = Histogram(
-            f"{_NAME}_time_between_tokens_seconds",
+        self._between = _Histogram(
+            "time_between_tokens_seconds",
             "Between a token and the one before; tokens of one round come together, 0 apart.",
-            buckets=_BETWEEN,
-            registry=self.registry,
+            _BETWEEN,
         )
+        for histogram in (self._first, self._between):
+            self.registry.register(histogram)
 
     def follow(self, stats: Callable[[], EngineStats]) -> None:
         """Report the engine's own figures, too, as they are when the metrics are read."""
@@ -57,8 +58,7 @@ class Metrics:
         """Tokens came together, `waited` seconds after the ones before, or after the submission."""
         self._tokens.inc(count)
         (self._first if first else self._between).observe(waited)
-        for _ in range(count - 1):
-            self._between.observe(0.0)
+        self._between.observe(0.0, count - 1)
 
     def ended(self, reason: str) -> None:
         """An output has ended."""
@@ -67,6 +67,25 @@ class Metrics:
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class _Histogram(Collector):
+    """A histogram for one thread: several equal values at once, and no lock."""
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float]) -> None:
+        self._name, self._text, self._buckets = f"{_NAME}_{name}", text, buckets
+        self._counts, self._sum = [0] * (len(buckets) + 1), 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count a value."""
+        self._counts[bisect_left(self._buckets, value)] += times
+        self._sum += value * times
+
+    def collect(self) -> Iterator[Metric]:
+        """See `Collector`."""
+        bounds = [*map(floatToGoString, self._buckets), "+Inf"]
+        buckets = [(bound, float(n)) for bound, n in zip(bounds, accumulate(self._counts), strict=True)]
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
 
 
 class _EngineFigures(Collector):

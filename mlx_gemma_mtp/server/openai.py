@@ -15,7 +15,7 @@ from . import prompts
 from .errors import bad
 from .openai_schema import ChatRequest, CompletionRequest, Message, Sampled
 from .service import Choice, Job, Run, Service, Update, usage_of
-from .sse import event
+from .sse import continued, event, event_head
 
 _FINISH = {"stop": "stop", "stop_string": "stop", "length": "length", "tool_calls": "tool_calls"}
 
@@ -104,7 +104,7 @@ def messages(given: Sequence[Message]) -> list[prompts.Message]:
             raise bad(
                 f"{where}.tool_call_id: a tool's message needs one, and no other has one", f"{where}.tool_call_id"
             )
-        thought = m.reasoning_content or m.reasoning
+        thought = _thought(m, where)
         if m.tool_calls:
             calls = [
                 (
@@ -123,6 +123,17 @@ def messages(given: Sequence[Message]) -> list[prompts.Message]:
     return out
 
 
+def _thought(m: Message, where: str) -> str | None:
+    """What a message says was thought; both names for it are in use."""
+    thought = m.reasoning_content or m.reasoning
+    if thought and m.role != "assistant":
+        field = f"{where}.reasoning_content"
+        raise bad(f"{field}: only an assistant's message may have a thought", field, "invalid_value")
+    if m.reasoning_content and m.reasoning and m.reasoning_content != m.reasoning:
+        raise bad(f"{where}: reasoning_content and reasoning differ", f"{where}.reasoning", "invalid_value")
+    return thought
+
+
 class ChatAnswer:
     """A run's updates as a chat completion."""
 
@@ -130,6 +141,7 @@ class ChatAnswer:
         self._run, self._body, self._codec = run, body, codec
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self._call_ids: dict[tuple[int, int], str] = {}
+        self._head = event_head(self._object("chat.completion.chunk"))
 
     def whole(self) -> dict[str, Any]:
         """The object, when the run has ended."""
@@ -141,28 +153,30 @@ class ChatAnswer:
         }
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The stream's events."""
+        """The stream's events; those of one update come together."""
         options, choices = self._body.stream_options, self._run.choices
         with_usage, with_mtp = (options.include_usage, options.include_mtp) if options else (False, False)
         empty: dict[str, Any] = {"usage": None} if with_usage else {}
-        for choice in choices:
-            yield self._chunk(choice.index, {"role": "assistant", "content": ""}, None, empty)
+        begin = {"role": "assistant", "content": ""}
+        yield b"".join(self._chunk(choice.index, begin, None, empty) for choice in choices)
         async for update in self._run.updates():
-            more = dict(empty)
-            if with_mtp:
-                more["mtp"] = progress(update)
+            out = b""
+            more = empty | {"mtp": progress(update)} if with_mtp else empty
             delta, logprobs = self._delta(update), self._logprobs(update.logprobs)
             if delta or logprobs or with_mtp:
                 if logprobs:
                     delta.setdefault("content", "")
-                yield self._chunk(update.choice.index, delta, None, more, logprobs)
+                out = self._chunk(update.choice.index, delta, None, more, logprobs)
             if update.choice.finish is not None:
                 report = {"mtp": self._run.report(update.choice.stats, self._body.depth)}
-                yield self._chunk(update.choice.index, {}, _FINISH[update.choice.finish], empty | report)
+                out += self._chunk(update.choice.index, {}, _FINISH[update.choice.finish], empty | report)
+            if out:
+                yield out
+        end = b""
         if with_usage:
             report = {"usage": usage(choices), "mtp": self._run.report(usage_of(choices), self._body.depth)}
-            yield event(self._object("chat.completion.chunk") | {"choices": []} | report)
-        yield event("[DONE]")
+            end = continued(self._head, {"choices": []} | report)
+        yield end + event("[DONE]")
 
     def _object(self, kind: str) -> dict[str, Any]:
         return {
@@ -235,11 +249,11 @@ class ChatAnswer:
         index: int,
         delta: Mapping[str, Any],
         finish: str | None,
-        more: dict[str, Any],
+        more: Mapping[str, Any],
         logprobs: Mapping[str, Any] | None = None,
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return event(self._object("chat.completion.chunk") | {"choices": [choice]} | more)
+        return continued(self._head, {"choices": [choice], **more})
 
 
 class CompletionAnswer:
@@ -251,6 +265,7 @@ class CompletionAnswer:
         self._offsets = [0] * len(run.choices)
         self._texts = [""] * len(run.choices)
         self._tokens: list[list[TokenLogprob]] = [[] for _ in run.choices]
+        self._head = event_head(self._object())
 
     def whole(self) -> dict[str, Any]:
         """The object, when the run has ended."""
@@ -290,10 +305,9 @@ class CompletionAnswer:
             more = {"mtp": self._run.report(c.stats, self._body.depth)} if c.finish else {}
             if options and options.include_mtp:
                 more["mtp"] = progress(update) | more.get("mtp", {})
-            yield event(self._object() | {"choices": [choice]} | empty | more)
-        if empty:
-            yield event(self._object() | {"choices": [], "usage": usage(choices)})
-        yield event("[DONE]")
+            yield continued(self._head, {"choices": [choice], **empty, **more})
+        end = continued(self._head, {"choices": [], "usage": usage(choices)}) if empty else b""
+        yield end + event("[DONE]")
 
     def _object(self) -> dict[str, Any]:
         return {"id": self._id, "object": "text_completion", "created": self._created, "model": self._body.model}
@@ -411,7 +425,11 @@ def _thinking(body: ChatRequest) -> tuple[bool, int | None]:
 
 def _schema(body: ChatRequest) -> JsonSchema | None:
     wanted = body.response_format
-    if wanted is None or wanted.type == "text":
+    if wanted is None:
+        return None
+    if wanted.type != "json_schema" and wanted.json_schema is not None:
+        raise bad(f"response_format.json_schema is not for the type {wanted.type!r}", "response_format.json_schema")
+    if wanted.type == "text":
         return None
     if wanted.type == "json_object":
         return prompts.json_schema(None, "response_format")

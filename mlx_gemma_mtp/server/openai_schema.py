@@ -31,7 +31,7 @@ class ToolCallMessage(Body):
 
 
 class Message(Body):
-    """One message of a conversation."""
+    """One message of a conversation. `name` and `annotations` are labels: the chat template has no place for them."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
@@ -40,7 +40,7 @@ class Message(Body):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    refusal: str | None = None
+    refusal: None = None
     annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None

@@ -6,7 +6,7 @@ Every error names the field, and nothing that is asked for is left out.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from ..constraints import Both, Grammar, JsonSchema, Lark, Spec, ThinkingBudget
@@ -20,11 +20,20 @@ Message = dict[str, Any]
 Choice = Literal["none", "auto", "required"]
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
+# Hints for caches of prompts, and what an earlier answer was sent with: they change no token.
+LABELS = frozenset({"cache_control", "prompt_cache_breakpoint", "annotations", "logprobs"})
 _DEEPEST = 64
 # How much thought goes with OpenAI's words; None: no limit.
 EFFORTS: dict[str, int | None] = {
     "none": 0, "minimal": 128, "low": 512, "medium": 2048, "high": None, "xhigh": None,
 }  # fmt: skip
+
+
+def check_keys(extra: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Raises ApiError for a field that nothing here reads; null asks for nothing."""
+    for key, value in extra.items():
+        if value is not None and key not in known:
+            raise bad(f"unrecognized request argument: {where}.{key}", f"{where}.{key}", "unknown_parameter")
 
 
 def text_of(content: str | Sequence[Part] | None, where: str) -> str:
@@ -42,6 +51,7 @@ def text_of(content: str | Sequence[Part] | None, where: str) -> str:
             )
         if not isinstance(extra.get("text"), str):
             raise bad(f"{where}[{i}].text is missing or no text", f"{where}[{i}].text", "invalid_value")
+        check_keys(extra, LABELS | {"text"}, f"{where}[{i}]")
         texts.append(extra["text"])
     return "".join(texts)
 

@@ -71,24 +71,23 @@ class ResponseAnswer:
         }
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The stream's events."""
-        for name in ("created", "in_progress"):
-            yield self._event(f"response.{name}", {"response": self._object("in_progress", [])})
+        """The stream's events; those of one update come together."""
+        begun = self._object("in_progress", [])
+        yield b"".join(self._event(f"response.{name}", {"response": begun}) for name in ("created", "in_progress"))
         async for update in self._run.updates():
+            out: list[bytes] = []
             for kind, text in (("thinking", update.thinking), ("answer", update.text)):
                 if text:
-                    for data in self._begin(kind):
-                        yield data
+                    out += self._begin(kind)
                     name = "response.reasoning_text.delta" if kind == "thinking" else "response.output_text.delta"
                     extra: dict[str, Any] = {"logprobs": []} if kind == "answer" else {}
-                    yield self._event(name, self._at() | {"delta": text} | extra)
-        if not self._items:
-            for data in self._begin("answer"):
-                yield data
-        for data in self._end():
-            yield data
+                    out.append(self._event(name, self._at() | {"delta": text} | extra))
+            if out:
+                yield b"".join(out)
+        last = [] if self._items else self._begin("answer")
+        last += self._end()
         whole = self.whole()
-        yield self._event(f"response.{whole['status']}", {"response": whole})
+        yield b"".join([*last, self._event(f"response.{whole['status']}", {"response": whole})])
 
     def failed(self, error: ApiError) -> bytes:
         """The event of a failure."""
@@ -181,7 +180,11 @@ class ResponseAnswer:
 
 def _schema(body: ResponsesRequest) -> JsonSchema | None:
     wanted = body.text.format if body.text else None
-    if wanted is None or wanted.type == "text":
+    if wanted is None:
+        return None
+    if wanted.type != "json_schema" and wanted.schema_ is not None:
+        raise bad(f"text.format.schema is not for the type {wanted.type!r}", "text.format.schema", "invalid_value")
+    if wanted.type == "text":
         return None
     if wanted.type == "json_schema" and wanted.schema_ is None:
         raise bad("text.format.schema is missing", "text.format.schema", "missing_parameter")
@@ -196,7 +199,7 @@ def _messages(body: ResponsesRequest) -> list[prompts.Message]:
     for i, item in enumerate(body.input):
         where, extra = f"input[{i}]", item.model_extra or {}
         if item.type == "reasoning":
-            thought = "".join(part.get("text", "") for part in _reasoning(extra, where))
+            thought += "".join(part["text"] for part in _reasoning(extra, where))
             continue
         if item.type != "message":
             raise bad(f"{where} is of type {item.type!r}: only messages and reasoning are read here", where)
@@ -216,6 +219,7 @@ def _message(item: Item, where: str) -> prompts.Message:
         content = _PARTS.validate_python(extra.get("content"), strict=True)
     except ValidationError as error:
         raise of_validation([{**e, "loc": ("input", where, *e["loc"])} for e in error.errors()]) from error
+    prompts.check_keys(extra, ("role", "content", "id", "status"), where)
     return {"role": extra["role"], "content": prompts.text_of(content, f"{where}.content")}
 
 
@@ -226,4 +230,8 @@ def _reasoning(extra: dict[str, Any], where: str) -> Sequence[dict[str, str]]:
     )
     if not good:
         raise bad(f"{where}.content is no list of texts", f"{where}.content", "invalid_value")
-    return [part for part in content if isinstance(part, dict)]
+    # A summary or an encrypted thought isn't the thought.
+    prompts.check_keys({k: v for k, v in extra.items() if v != []}, ("content", "id", "status"), where)
+    for i, part in enumerate(content):
+        prompts.check_keys(part, ("type", "text"), f"{where}.content[{i}]")
+    return content

@@ -179,12 +179,11 @@ class Run:
         for stream in self._streams:
             stream.cancel()
 
-    async def updates(self) -> AsyncIterator[Update]:
+    def updates(self) -> AsyncIterator[Update]:
         """All updates, of all outputs, as they come. Raises ApiError where the engine fails."""
-        if len(self._streams) == 1:
-            async for update in self._read(0):
-                yield update
-            return
+        return self._read(0) if len(self._streams) == 1 else self._read_all()
+
+    async def _read_all(self) -> AsyncIterator[Update]:
         readers = [self._read(i) for i in range(len(self._streams))]
         coming = {asyncio.ensure_future(anext(reader)): reader for reader in readers}
         try:
@@ -236,24 +235,16 @@ class Run:
             self._metrics.ended(reason)
 
     def _update(self, choice: Choice, reader: ToolStream, event: TokenEvent) -> Update:
-        deltas: list[Delta] = []
-        logprobs: list[TokenLogprob] = []
-        count = 0
-        for i, token in enumerate(event.tokens):
-            in_answer, in_thought = reader.in_answer, reader.in_thought
-            deltas += reader.push(token, event.drafted[i])
-            count += 1
-            if in_answer and reader.in_answer:
-                logprobs += event.logprobs[i : i + 1]
-            choice.thinking_tokens += in_thought
-            if reader.stop_match is not None:
-                break
-        choice.tokens += count
+        block = reader.read(event.tokens, event.drafted)
+        deltas = block.deltas
+        logprobs = [event.logprobs[i] for i in block.answered] if event.logprobs else []
+        choice.tokens += block.kept
+        choice.thinking_tokens += block.thought
         if reader.stop_match is None and event.finish_reason is not None:
             if event.finish_reason in ("error", "cancelled"):
                 self.cancel()
                 raise _failure(event)
-            deltas += reader.flush(cut=event.finish_reason == "length")
+            deltas = [*deltas, *reader.flush(cut=event.finish_reason == "length")]
         if reader.stop_match is not None:
             choice.finish, choice.stop_match = "stop_string", reader.stop_match
         elif event.finish_reason is not None:
@@ -261,7 +252,7 @@ class Run:
             choice.finish = "tool_calls" if called else "length" if event.finish_reason == "length" else "stop"
         choice.add(deltas)
         choice.logprobs += logprobs
-        return Update(choice=choice, deltas=deltas, logprobs=logprobs, ids=event.tokens[:count])
+        return Update(choice=choice, deltas=deltas, logprobs=logprobs, ids=event.tokens[: block.kept])
 
 
 def _failure(event: TokenEvent) -> ApiError:

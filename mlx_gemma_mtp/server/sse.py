@@ -16,6 +16,7 @@ from .errors import ApiError
 
 T = TypeVar("T")
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -29,10 +30,19 @@ def event(data: Mapping[str, Any] | str, name: str | None = None) -> bytes:
     return (f"event: {name}\n".encode() if name else b"") + b"data: " + text + b"\n\n"
 
 
+def event_head(data: Mapping[str, Any]) -> bytes:
+    """What events have in common that begin with the same fields: `continued` adds the rest of one."""
+    return b"data: " + to_json(data)[:-1] + b","
+
+
+def continued(head: bytes, data: Mapping[str, Any]) -> bytes:
+    """The event of `event_head` and at least one field more."""
+    return head + to_json(data)[1:] + b"\n\n"
+
+
 def to_json(data: object) -> bytes:
     """JSON. Half of a surrogate pair, which UTF-8 can't hold, is written as JSON's escape: the same to who reads it."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")
+    return _ENCODER.encode(data).encode("utf-8", "backslashreplace")
 
 
 class EventResponse(Response):
@@ -77,7 +87,7 @@ class EventResponse(Response):
     async def _send(self, send: Send) -> None:
         try:
             async for chunk in self._events:
-                await _part(send, chunk, more=True)
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except ApiError as error:
             await _part(send, self._failed(error), more=True)
         await _part(send, b"", more=False)
