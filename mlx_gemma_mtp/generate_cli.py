@@ -83,7 +83,7 @@ def generate(
 ) -> None:
     """Answer one prompt. The answer comes on stdout as it is made, then a summary on stderr."""
     refuse_together({"--highlight": highlight, "--json": as_json})
-    held = constraint_of(json_schema, regex, grammar)
+    held = _constraint(json_schema, regex, grammar)
     params = Sampling.of(
         model_sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, constraint=held
     )
@@ -103,7 +103,7 @@ def generate(
     _print_summary(printer.follow(steps, with_text=runtime.text is not None))
 
 
-def constraint_of(json_schema: Path | None, regex: str | None, grammar: Path | None) -> Spec | None:
+def _constraint(json_schema: Path | None, regex: str | None, grammar: Path | None) -> Spec | None:
     given = {"--json-schema": json_schema, "--regex": regex, "--grammar": grammar}
     if all(value is None for value in given.values()):
         return None

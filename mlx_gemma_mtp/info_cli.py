@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,9 +19,6 @@ from .cli_options import (
     open_runtime,
 )
 from .terminal import size_of
-
-if TYPE_CHECKING:
-    pass
 
 
 def info(

@@ -148,6 +148,14 @@ def test_fields_of_items_that_nothing_reads_are_refused(item: dict[str, Any], sa
     assert says in got.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("after", [[], [USER], [USER, {"role": "assistant", "content": "Hm."}]])
+def test_thoughts_before_no_answer_are_refused(after: list[Any]) -> None:
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "x"}]}
+    got = Fake().ask("/v1/responses", {"model": "demo", "input": [USER, thought, *after]})
+    assert (got.status_code, got.json()["error"]["param"]) == (400, "input[1]")
+    assert "before an assistant's message" in got.json()["error"]["message"]
+
+
 def test_a_schema_for_plain_text_is_refused() -> None:
     body = {"model": "demo", "input": "Hi", "text": {"format": {"type": "text", "schema": {}}}}
     assert Fake().ask("/v1/responses", body).json()["error"]["param"] == "text.format.schema"

@@ -195,20 +195,29 @@ def _messages(body: ResponsesRequest) -> list[prompts.Message]:
     out: list[prompts.Message] = [{"role": "system", "content": body.instructions}] if body.instructions else []
     if isinstance(body.input, str):
         return [*out, {"role": "user", "content": body.input}]
-    thought = ""
+    thought, thought_at = "", ""
     for i, item in enumerate(body.input):
         where, extra = f"input[{i}]", item.model_extra or {}
         if item.type == "reasoning":
             thought += "".join(part["text"] for part in _reasoning(extra, where))
+            thought_at = where
             continue
         if item.type != "message":
             raise bad(f"{where} is of type {item.type!r}: only messages and reasoning are read here", where)
         message = _message(item, where)
-        if message["role"] == "assistant" and thought:
+        if thought:
+            if message["role"] != "assistant":
+                raise _stray(thought_at)
             message["reasoning_content"] = thought
         thought = ""
         out.append(message)
+    if thought:
+        raise _stray(thought_at)
     return out
+
+
+def _stray(where: str) -> ApiError:
+    return bad(f"{where}: a thought has to stand before an assistant's message", where, "invalid_value")
 
 
 def _message(item: Item, where: str) -> prompts.Message:
