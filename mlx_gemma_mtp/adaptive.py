@@ -94,7 +94,6 @@ class AdaptiveDepth:
         self._news, self._cut = False, False
         self._rival = 0
         self._table: Table | None = None
-        self._compiled: Callable[[int], bool] = bool
         self._view: _View | None = None
 
     @property
@@ -104,7 +103,7 @@ class AdaptiveDepth:
 
     def plan(self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]) -> list[int]:
         """See `DepthPolicy`."""
-        running, self._compiled = self._running, compiled
+        running = self._running
         fresh = not running
         if fresh:
             self._begun.clear()  # of rounds that failed, nothing was told
@@ -113,7 +112,7 @@ class AdaptiveDepth:
         running |= new
         self._news |= bool(new)
         if not joining and any(r.fixed is None and r.cap for r in rows):
-            self._depth = self._next_depth(rows, self._costs.table(width, context), fresh=fresh)
+            self._depth = self._next_depth(rows, self._costs.table(width, context), compiled, fresh=fresh)
         return [0 if r.cap == 0 else self._depth if r.fixed is None else r.fixed for r in rows]
 
     def begin(self) -> None:
@@ -170,7 +169,9 @@ class AdaptiveDepth:
         most = _SAVINGS * expected + 4.0 * memory.trace
         memory.purse = min(memory.purse + share * min(seconds, 3.0 * expected), max(most, memory.purse))
 
-    def _next_depth(self, rows: Sequence[RowState], table: Table, *, fresh: bool) -> int:
+    def _next_depth(
+        self, rows: Sequence[RowState], table: Table, compiled: Callable[[int], bool], *, fresh: bool
+    ) -> int:
         """The depth for the free rows: that of a trial, the last choice, or, every few rounds, a new one."""
         moved, self._table = table is not self._table, table
         least = max((r.fixed for r in rows if r.fixed is not None and r.cap), default=0)
@@ -186,10 +187,18 @@ class AdaptiveDepth:
         if not any(table.target[k] is not None for k in _DEPTHS):
             return least
         self._wait = _EVERY
-        return self._choose(rows, table, least, fresh=fresh, moved=moved, most=most)
+        return self._choose(rows, table, compiled, least, fresh=fresh, moved=moved, most=most)
 
     def _choose(
-        self, rows: Sequence[RowState], table: Table, least: int, *, fresh: bool, moved: bool, most: int
+        self,
+        rows: Sequence[RowState],
+        table: Table,
+        compiled: Callable[[int], bool],
+        least: int,
+        *,
+        fresh: bool,
+        moved: bool,
+        most: int,
     ) -> int:
         """The depth of the best rate, or that of a trial."""
         view = self._view = _View.of(rows, table, self._acceptance, self._costs.level, least)
@@ -209,7 +218,7 @@ class AdaptiveDepth:
         sure = better > _CLEARLY or fresh or moved or rival == self._rival
         self._rival = rival
         saved = (better - 1.0) * min(_HORIZON, 8 * most) * view.seconds[current]
-        if rival and sure and saved >= _PAYBACK * self._traces(current, best):
+        if rival and sure and saved >= _PAYBACK * self._traces(compiled, current, best):
             current, self._rival = best, 0
             if better > _MUCH:
                 place.renew(16 * _WAIT)
@@ -218,7 +227,7 @@ class AdaptiveDepth:
             place.depth = current
         self._cut = self._cuts(view, current)
         place.rounds += _EVERY
-        self._trial = self._next_trial(view, table, place, current) if most == DEEPEST and not fresh else None
+        self._trial = self._next_trial(view, table, compiled, place, current) if most == DEEPEST and not fresh else None
         return current if self._trial is None else self._trial.depth
 
     def _cuts(self, view: _View, depth: int) -> bool:
@@ -232,7 +241,9 @@ class AdaptiveDepth:
             self._places[table] = _Place(max(known, key=view.rates.__getitem__))
         return self._places[table]
 
-    def _next_trial(self, view: _View, table: Table, place: _Place, current: int) -> _Trial | None:
+    def _next_trial(
+        self, view: _View, table: Table, compiled: Callable[[int], bool], place: _Place, current: int
+    ) -> _Trial | None:
         """Another depth that may well be better, if it can be paid for."""
         rate, hopes = view.rates[current], view.hopes(self._acceptance)
         if current > 0 and view.least == 0 and place.due[0] <= place.rounds:
@@ -240,7 +251,10 @@ class AdaptiveDepth:
             doubtful = table.samples[0] < _PLAIN_SAMPLES
             # The first plain rounds behind others are not launched ahead, which the usual ones may be.
             rounds = 3 if doubtful else 1 if {(current, 0), (0, current)} <= table.seen else 2
-            loss, again = self._loss(view, table, current, 0, rounds), int(_PLAIN_AGAIN * (rate / view.rates[0]) ** 2)
+            loss, again = (
+                self._loss(view, table, compiled, current, 0, rounds),
+                int(_PLAIN_AGAIN * (rate / view.rates[0]) ** 2),
+            )
             if loss <= self._memory.purse:
                 self._memory.purse -= max(loss, 0.0)
                 place.due[0] = place.rounds + (min(_PLAIN_SOON, again) if doubtful else again)
@@ -255,14 +269,14 @@ class AdaptiveDepth:
         for k in view.depths:
             if 0 < k <= deepest + _REACH and k != current and place.due[k] <= place.rounds and hopes[k] > _GAIN * rate:
                 rounds = 1 if table.known(k) else _TRIAL
-                loss = self._loss(view, table, current, k, rounds)
+                loss = self._loss(view, table, compiled, current, k, rounds)
                 value = (hopes[k] / rate - _GAIN) / (max(loss, 0.0) + 0.1 * view.seconds[current])
                 offers.append((value, loss, k, rounds))
         offers.sort(reverse=True)
         if current == 0 and self._acceptance.stale and (not offers or offers[0][1] > self._memory.purse):
             # Few drafts tell whether the text has changed, at the least cost, though it may not pay itself.
-            k = next((k for k in (1, _OPENING) if self._compiled(k)), 1)
-            offers = [(0.0, self._loss(view, table, 0, k, 1), k, 1)] if place.due[k] <= place.rounds else []
+            k = next((k for k in (1, _OPENING) if compiled(k)), 1)
+            offers = [(0.0, self._loss(view, table, compiled, 0, k, 1), k, 1)] if place.due[k] <= place.rounds else []
         if not offers or offers[0][1] > self._memory.purse:
             return None
         _, loss, k, rounds = offers[0]
@@ -271,17 +285,19 @@ class AdaptiveDepth:
         place.wait[k] = min(2 * place.wait[k], _LONGEST_WAIT)
         return _Trial(table, k, rounds)
 
-    def _loss(self, view: _View, table: Table, current: int, k: int, rounds: int) -> float:
+    def _loss(
+        self, view: _View, table: Table, compiled: Callable[[int], bool], current: int, k: int, rounds: int
+    ) -> float:
         """Seconds that some rounds of another depth are expected to lose, compilations included."""
         lost = rounds * max(view.seconds[k] - view.tokens[k] / view.rates[current], 0.0)
         if not {(current, k), (k, current)} <= table.seen:
             lost += abs(view.seconds[k] - view.seconds[current])  # a round of the deeper one does for the change
         gain = 0.0 if table.known(k) else max(view.rates[k] / view.rates[current] - 1.0, 0.0)
-        return lost + self._traces(current, k) - gain * _CREDIT * view.seconds[current]
+        return lost + self._traces(compiled, current, k) - gain * _CREDIT * view.seconds[current]
 
-    def _traces(self, before: int, after: int) -> float:
+    def _traces(self, compiled: Callable[[int], bool], before: int, after: int) -> float:
         """Seconds to compile what a change of depth brings, and staying would not."""
-        more = (not self._compiled(after)) - (not self._compiled(before))
+        more = (not compiled(after)) - (not compiled(before))
         return max(more, 0) * self._memory.trace
 
 

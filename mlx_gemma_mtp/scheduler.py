@@ -53,7 +53,7 @@ class _Launched:
 Pipelined = Literal["all", "plain", "none"]
 """Rounds that are launched ahead. On a CPU, whose cores also build the graph, only plain ones gain by it."""
 
-_BLOCKS = (1, 2, 4)
+_BLOCKS = (0, 1, 2, 4)
 """Depths to which a block is cut: few, as each is a shape of its own."""
 
 
@@ -301,7 +301,7 @@ class Scheduler:
         states, context = [self._state(job) for job in jobs], max(len(job.tokens) for job in jobs)
         sampler = Sampler([None if j is None else j.history for j in rows], self._vocab_size, self._fresh_key())
         chosen = self._depth.plan(
-            states, width=cache.rows, context=context, compiled=partial(self._speculator.compiled, cache, sampler)
+            states, width=cache.rows, context=context, compiled=partial(self._speculator.has_round, cache, sampler)
         )
         depths = [*chosen, *[0] * free]
         allowed = masks(rows, Block.empty(len(rows)), [0] * len(rows), self._vocab_size)
@@ -424,7 +424,7 @@ class Scheduler:
         shape = RoundShape(
             rows=len(launched.rows),
             verified=flight.verified - 1,
-            drafted=flight.block.depth,
+            drafted=flight.drafted,
             context=launched.context,
             settled=not launched.traced,
         )
@@ -489,7 +489,7 @@ class Scheduler:
             states,
             width=len(self._rows),
             context=self._context(),
-            compiled=partial(self._speculator.compiled, self._cache, self._sampler),
+            compiled=partial(self._speculator.has_round, self._cache, self._sampler),
         )
         return {job.id: depth for job, depth in zip(living, chosen, strict=True)}
 

@@ -159,10 +159,14 @@ _Out = tuple[mx.array, mx.array, mx.array, list[mx.array], list[mx.array], list[
 
 @dataclass(frozen=True)
 class Flight:
-    """A round that the device has been given. `block` is what the next one verifies, known or not."""
+    """A round that the device has been given. `block` is what the next one verifies, known or not.
+
+    `verified`: tokens of its block. `drafted`: drafts that it makes, of which `block` may leave some out.
+    """
 
     block: Block
     verified: int
+    drafted: int
     fetch: mx.array
     reported: list[mx.array]
 
@@ -189,11 +193,13 @@ class Speculator:
         self._compiled = compiled
         self._functions: dict[tuple[str, _Key, tuple[object, ...]], Callable[..., Any]] = {}
         self._wanted: Counter[tuple[str, _Key, tuple[object, ...]]] = Counter()
+        self._steady: set[tuple[object, ...]] = set()
 
     def forget(self) -> None:
         """Drop what was compiled, and the weights in it. For the thread that called it: MLX keeps it by thread."""
         self._functions.clear()
         self._wanted.clear()
+        self._steady.clear()
 
     @property
     def alone(self) -> bool:
@@ -265,6 +271,7 @@ class Speculator:
         masks: Masks | None = None,
         *,
         min_chain: float = 0.0,
+        exact: bool = False,
     ) -> Round:
         """Verify `block` in every row, commit what is accepted, and draft depths[r] tokens more for row r.
 
@@ -273,7 +280,8 @@ class Speculator:
         drafts up to the first at which the drafter's probability of its chain falls under `min_chain`: this one is
         offered, too (Leviathan's law would be broken by dropping what has been looked at).
         """
-        return self.land(self.launch(cache, block, depths, sampler, masks, min_chain=min_chain), cache)
+        flight = self.launch(cache, block, depths, sampler, masks, min_chain=min_chain, exact=exact)
+        return self.land(flight, cache)
 
     def launch(
         self,
@@ -285,17 +293,19 @@ class Speculator:
         *,
         min_chain: float = 0.0,
         ahead: int = 0,
+        exact: bool = False,
     ) -> Flight:
         """Hand a round to the device without waiting for it: see `run_round`. Every flight is landed, in their order.
 
-        `ahead`: tokens that flights not landed yet may add to a row.
+        `ahead`: tokens that flights not landed yet may add to a row. `exact`: no deeper round may do for a rare one.
         """
         if ahead == 0:
             cache.reserve(block.depth + 1)
         elif not cache.has_room(ahead + block.depth + 1):
             raise ValueError("a round can't be launched ahead into rows that have to grow for it")
         key, limits = self._next(cache, depths, sampler, min_chain)
-        if masks is None and block.depth != key.depth:
+        wanted = key.depth
+        if masks is None and block.depth != wanted and not exact:
             block, key = self._covered(cache, block, key, ahead)
         law = [] if block.proposal is None else block.proposal.arrays
         shapes = (cache.shape, block.depth, *(a.shape for a in law))
@@ -312,7 +322,7 @@ class Speculator:
             out = commit(block.tokens, block.offered, limits, law, states, [masks()], hidden, logits, arrays)
         del arrays
         cache.arrays = out[-1]
-        return self._flight(out, sampler, verified=block.depth + 1)
+        return self._flight(out, sampler, verified=block.depth + 1, wanted=wanted)
 
     def land(self, flight: Flight, cache: KVCache) -> Round:
         """Wait for a flight, and note what it did to the rows."""
@@ -320,11 +330,11 @@ class Speculator:
         cache.advance(result.counts, block=flight.verified)
         return result
 
-    def compiled(self, cache: KVCache, sampler: Sampler | None, depth: int) -> bool:
-        """Whether rounds that verify and draft `depth` tokens per row of this cache are compiled, blocks cut or not."""
+    def has_round(self, cache: KVCache, sampler: Sampler | None, depth: int) -> bool:
+        """Whether rounds that verify and draft `depth` tokens per row of this cache are compiled."""
+        block = depth if self.shapes is None else self.shapes.width(cache.rows, depth + 1) - 1
         layout = None if sampler is None else sampler.layout
-        keys = [_Key(depth, cache.layout, layout, cut) for cut in (False, True)]
-        return any(("round", key, (cache.shape, depth)) in self._functions for key in keys)
+        return (cache.layout, layout, cache.shape, block, min(depth, block)) in self._steady
 
     def _covered(self, cache: KVCache, block: Block, key: _Key, ahead: int) -> tuple[Block, _Key]:
         """What does the work of a round between two depths: a round of the deeper one, while that saves compiling.
@@ -334,7 +344,9 @@ class Speculator:
         place = ("round", key, (cache.shape, block.depth))
         deeper = max(block.depth, key.depth)
         law = key.sampling is not None and key.sampling.distribution
-        if place in self._functions or law or self.shapes is not None or not cache.has_room(ahead + deeper + 1):
+        if not self._compiled or place in self._functions or law or self.shapes is not None:
+            return block, key
+        if not cache.has_room(ahead + deeper + 1):
             return block, key
         covering = replace(key, depth=deeper)
         # Going up, the deeper function is what the next round needs.
@@ -356,12 +368,15 @@ class Speculator:
         limits = [mx.array([min(d, depth) for d in depths], mx.int32)]
         return key, [*limits, mx.array(min_chain, mx.float32)] if cut else limits
 
-    def _flight(self, out: _Out, sampler: Sampler | None, *, verified: int = 0) -> Flight:
+    def _flight(self, out: _Out, sampler: Sampler | None, *, verified: int = 0, wanted: int | None = None) -> Flight:
+        """`wanted`: drafts of the block that follows; default all that were made."""
         fetch, tokens, offered, law, states, reported, _ = out
         mx.async_eval(*out)  # type: ignore[no-untyped-call]
         if sampler is not None:
             sampler.arrays = states
-        return Flight(Block(tokens, offered, Proposal.of_arrays(law)), verified, fetch, reported)
+        made = Block(tokens, offered, Proposal.of_arrays(law))
+        block = made if wanted is None else made.resized(wanted + 1)
+        return Flight(block, verified, made.depth, fetch, reported)
 
     def _read(self, flight: Flight) -> Round:
         rows: list[list[int]] = flight.fetch.tolist()  # type: ignore[assignment]
@@ -377,8 +392,12 @@ class Speculator:
             bound = partial(f, key)
             function = mx.compile(bound) if self._compiled else bound
             if len(self._functions) >= _COMPILED:
-                del self._functions[next(iter(self._functions))]
+                (_, old, (shape, *sizes)), _ = oldest = next(iter(self._functions.items()))
+                del self._functions[oldest[0]]
+                self._steady.discard((old.layout, old.sampling, shape, *sizes[:1], old.depth))
                 self._wanted.clear()
+            if name in ("round", "commit"):
+                self._steady.add((key.layout, key.sampling, *shapes[:2], key.depth))
         self._functions[place] = function
         return function
 

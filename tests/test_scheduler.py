@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlx_gemma_mtp import Request, SamplingParams, SpecStats, cache, speculative
 from mlx_gemma_mtp.adaptive import parse_depth
 from mlx_gemma_mtp.cache import planned_bytes
-from mlx_gemma_mtp.depth import FixedDepth, RoundShape, RowOutcome
+from mlx_gemma_mtp.depth import FixedDepth, RoundShape, RowOutcome, RowState
 from mlx_gemma_mtp.scheduler import Scheduler
 
 from .fakes import SPEC, VOCAB, expected, fake_speculator
@@ -416,3 +416,59 @@ def test_the_policy_forgets_every_request_that_is_over() -> None:
         scheduler.step()
     assert scheduler.abort() == [lost]
     assert policy.forgotten[-1] == lost
+
+
+class _Scripted(FixedDepth):
+    """Depths by round, the last one going on; notes the rounds' shapes, and whether each plan's depth was compiled."""
+
+    def __init__(self, *depths: int) -> None:
+        super().__init__(depths[0])
+        self.depths, self.shapes, self.compiled = list(depths), list[tuple[int, int]](), list[bool]()
+
+    def plan(self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]) -> list[int]:
+        depth = self.depths.pop(0) if len(self.depths) > 1 else self.depths[0]
+        self.compiled.append(compiled(depth))
+        return [min(depth, row.cap) for row in rows]
+
+    def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
+        self.shapes.append((shape.verified, shape.drafted))
+
+
+@pytest.mark.parametrize("pipelined", ["all", "plain", "none"])
+def test_a_rare_change_of_depth_compiles_nothing_of_its_own(pipelined: str) -> None:
+    policy = _Scripted(0, 0, 0, 3, 3, 3, 0, 0, 0, 3, 0)
+    scheduler = _scheduler(compiled=1, policy=policy, pipelined=pipelined)
+    got: dict[int, list[int]] = {}
+    number, stats = scheduler.add(Request(prompt=[1, 2, 3], max_tokens=60))
+    _drain(scheduler, got, {})
+    assert got[number] == expected([1, 2, 3], 60)
+    assert policy.shapes[:10] == [
+        (0, 0), (0, 0), (3, 3), (3, 3), (3, 3), (3, 3), (0, 0), (0, 0), (3, 3), (3, 3)
+    ]  # fmt: skip
+    assert set(policy.shapes[10:]) == {(0, 0)}
+    assert scheduler._speculator.traces == 3, "the first token, plain rounds, rounds of three drafts"
+    assert stats.drafted == 4 * 3, "what the deeper rounds drew beside the plan wasn't offered"
+
+
+def test_a_change_of_depth_that_comes_often_is_compiled() -> None:
+    policy = _Scripted(*[0, 3] * 10)
+    scheduler = _scheduler(compiled=1, policy=policy)
+    got: dict[int, list[int]] = {}
+    number, _ = scheduler.add(Request(prompt=[1, 2, 3], max_tokens=60))
+    _drain(scheduler, got, {})
+    assert got[number] == expected([1, 2, 3], 60)
+    assert (3, 3) in policy.shapes[:8]
+    assert set(policy.shapes[12:18]) == {(0, 3), (3, 0)}
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, seed=3)]
+)
+def test_the_policy_hears_what_is_compiled(sampling: SamplingParams) -> None:
+    policy = _Scripted(2)
+    scheduler = _scheduler(compiled=1, policy=policy)
+    scheduler.add(Request(prompt=[1, 2, 3], max_tokens=20, sampling=sampling))
+    _drain(scheduler, {}, {})
+    assert policy.compiled[0] is False
+    assert policy.compiled[3] is True
+    assert not scheduler._speculator.has_round(scheduler._cache, None, 5)
