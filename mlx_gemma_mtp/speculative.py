@@ -392,9 +392,9 @@ class Speculator:
             bound = partial(f, key)
             function = mx.compile(bound) if self._compiled else bound
             if len(self._functions) >= _COMPILED:
-                (_, old, (shape, *sizes)), _ = oldest = next(iter(self._functions.items()))
-                del self._functions[oldest[0]]
-                self._steady.discard((old.layout, old.sampling, shape, *sizes[:1], old.depth))
+                _, rare, sizes = oldest = next(iter(self._functions))
+                del self._functions[oldest]
+                self._steady.discard((rare.layout, rare.sampling, *sizes[:2], rare.depth))
                 self._wanted.clear()
             if name in ("round", "commit"):
                 self._steady.add((key.layout, key.sampling, *shapes[:2], key.depth))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -150,3 +151,14 @@ class Live:
                 return
             time.sleep(0.02)
         raise AssertionError(f"rows leak: {self.engine.stats()}")
+
+
+def rest(client: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    out = b""
+    try:
+        while part := client.recv(65536):
+            out += part
+    except ConnectionError:
+        pass
+    return out

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from .serving import Live, chat_body, demo_server
+from .serving import Live, chat_body, demo_server, rest
 
 STORY = [{"role": "user", "content": "Tell me a story about a squirrel."}]
 
@@ -54,13 +54,7 @@ def raw(live: Live, data: bytes) -> bytes:
             client.shutdown(socket.SHUT_WR)
         except OSError:
             pass  # closed before it was all sent
-        out = b""
-        try:
-            while part := client.recv(65536):
-                out += part
-        except ConnectionError:
-            pass
-        return out
+        return rest(client)
 
 
 def post(body: bytes, *headers: str) -> bytes:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from .serving import Fake, chat_body, listening
+from .serving import Fake, chat_body, listening, rest
 
 UPGRADE = b"Host: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
 HEAD = b"POST /echo HTTP/1.1\r\n" + UPGRADE
@@ -70,17 +70,6 @@ class Told:
             assert self.begun.wait(10)
             client.sendall(bad)
             return rest(client)
-
-
-def rest(client: socket.socket) -> bytes:
-    """All that comes until the server closes."""
-    out = b""
-    try:
-        while part := client.recv(65536):
-            out += part
-    except ConnectionError:
-        pass
-    return out
 
 
 @pytest.fixture
