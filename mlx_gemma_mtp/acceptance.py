@@ -21,7 +21,9 @@ _STALE = 2.0  # what an old rate is still worth
 _NEIGHBOUR = 6.0  # samples below which a position's rate leans on the one before
 _MOVED = 0.5  # what a rate is worth that had to follow another
 _LATEST = 8.0  # samples that can belie a rate
-_JUMP = 3.0  # standard errors by which they then differ
+_ERRORS = 3.0 / math.sqrt(2.0 * _LATEST)  # by how many of a draft's spreads they then differ: 3 standard errors
+_LEAST_SPREAD = math.sqrt(0.05 * 0.95)
+_LEAST_JUMP = _ERRORS * _LEAST_SPREAD
 _OTHERS = 0.15  # standard deviation between requests
 _DRIFT, _STALE_DRIFT, _MOST_DRIFT = (
     0.015,
@@ -52,12 +54,13 @@ class Rate:
 
     def add(self, accepted: bool, now: int) -> float:
         """Count one draft; returns by how much the mean jumped, if the last few drafts belie it."""
-        self._weight = min(self.weight(now) + 1.0, self._memory)
+        self._weight = weight = min(self.weight(now) + 1.0, self._memory)
         self._stamp = now
-        self.mean += (accepted - self.mean) / self._weight
+        self.mean += (accepted - self.mean) / weight
         self._fast += (accepted - self._fast) / _LATEST
         jump = self._fast - self.mean
-        if self._weight < 2.0 * _LATEST or abs(jump) < _JUMP * self.spread() / math.sqrt(2.0 * _LATEST):
+        # Most drafts end at the first comparison, which no spread could turn.
+        if -_LEAST_JUMP < jump < _LEAST_JUMP or weight < 2.0 * _LATEST or abs(jump) < _ERRORS * self.spread():
             return 0.0
         self.mean, self._weight = self._fast, _LATEST
         return jump
@@ -75,8 +78,7 @@ class Rate:
 
     def spread(self) -> float:
         """The standard deviation of one draft."""
-        mean = min(max(self.mean, 0.05), 0.95)
-        return math.sqrt(mean * (1.0 - mean))
+        return max(math.sqrt(max(self.mean * (1.0 - self.mean), 0.0)), _LEAST_SPREAD)
 
 
 class AcceptanceModel:
@@ -88,7 +90,8 @@ class AcceptanceModel:
         self._reached = [0] * POSITIONS
         self._reaching, self._accepted = [0] * POSITIONS, [0] * POSITIONS
         self._own: dict[int, list[Rate]] = {}
-        self._known: dict[int, list[float]] = {}
+        self._known: dict[int, tuple[list[float], list[float]]] = {}
+        self._new: tuple[list[float], list[float]] | None = None
 
     @property
     def rates(self) -> list[tuple[float, float]]:
@@ -107,6 +110,7 @@ class AcceptanceModel:
             self._all[i].add_mean(mean, count, self._now)
             self._reached[i] = self._now
             self._reaching[i] = self._accepted[i] = 0
+            self._new = None
         self._now += 1
 
     def observe(self, request: int | None, offered: int, accepted: int) -> None:
@@ -114,16 +118,20 @@ class AcceptanceModel:
 
         `request`: None when it has ended.
         """
+        tried = min(offered, accepted + 1, POSITIONS)
+        if tried <= 0:
+            return
         own = [] if request is None else self._own.setdefault(request, [])
-        for i in range(min(offered, accepted + 1, POSITIONS)):
+        now, reaching, kept = self._now, self._reaching, self._accepted
+        for i in range(tried):
             if i == len(own):
                 start = _START if self._all else _START_ALONE
-                own.append(Rate(self._guess([r.mean for r in own], i), start, _OWN, self._now))
-            jump = own[i].add(i < accepted, self._now)
+                own.append(Rate(self._guess([r.mean for r in own], i), start, _OWN, now))
+            jump = own[i].add(i < accepted, now)
             for rate in own[i + 1 :] if jump else ():
                 rate.shift(jump)
-            self._reaching[i] += 1
-            self._accepted[i] += i < accepted
+            reaching[i] += 1
+            kept[i] += i < accepted
         if request is not None:
             self._known.pop(request, None)
 
@@ -132,19 +140,24 @@ class AcceptanceModel:
         self._own.pop(request, None)
         self._known.pop(request, None)
 
-    def of(self, request: int) -> list[float]:
-        """The rate at each of the positions."""
+    def of(self, request: int) -> tuple[list[float], list[float]]:
+        """The rate at each of the positions, and the tokens `committed` by them. Not to be changed."""
         own = self._own.get(request)
         if own is None:
-            return [self._guess([], i) for i in range(POSITIONS)]
+            if self._new is None:
+                guesses = [self._guess([], i) for i in range(POSITIONS)]
+                self._new = guesses, committed(guesses)
+            return self._new
         if request not in self._known:
             known: list[float] = []
-            for i in range(POSITIONS):
-                mean = own[i].mean if i < len(own) else self._guess(known[: len(own)], i)
-                if 0 < i < len(own) and (weight := own[i].weight(self._now)) < _NEIGHBOUR:
+            for rate in own:
+                mean = rate.mean
+                if known and (weight := rate.weight(self._now)) < _NEIGHBOUR:
                     mean = (weight * mean + (_NEIGHBOUR - weight) * known[-1]) / _NEIGHBOUR
                 known.append(min(max(mean, _LOWEST), _HIGHEST))
-            self._known[request] = known
+            reached = known[:]
+            known += [self._guess(reached, i) for i in range(len(own), POSITIONS)]
+            self._known[request] = known, committed(known)
         return self._known[request]
 
     @property
@@ -164,19 +177,22 @@ class AcceptanceModel:
 
     def deviations(self, requests: Sequence[int]) -> list[float]:
         """By how much the mean rate of these requests may be off, at each position."""
-        found, owns = [], [self._own.get(r, []) for r in requests]
-        for i in range(POSITIONS):
-            rates = [own[i] for own in owns if i < len(own)]
-            everyone = self._all[i] if i < len(self._all) else None
-            weight = sum(rate.weight(self._now) for rate in rates) + 1.0
-            others = 0.0 if rates else _OTHERS
-            if rates:
-                spread = sum(rate.spread() for rate in rates) / len(rates)
-            elif everyone is not None:
-                weight, spread = max(everyone.weight(self._now), _START), everyone.spread()
+        count, weights, spreads = [0] * POSITIONS, [1.0] * POSITIONS, [0.0] * POSITIONS
+        for request in requests:
+            for i, rate in enumerate(self._own.get(request, ())):
+                count[i] += 1
+                weights[i] += rate.weight(self._now)
+                spreads[i] += rate.spread()
+        found = []
+        for i, of in enumerate(count):
+            if of:
+                variance = (spreads[i] / of) ** 2 / weights[i]
+            elif i < len(self._all):
+                everyone = self._all[i]
+                variance = everyone.spread() ** 2 / max(everyone.weight(self._now), _START) + _OTHERS**2
             else:
-                weight, spread = _START, 0.5
-            found.append(math.sqrt(spread**2 / weight + self._drift(i) ** 2 + others**2))
+                variance = 0.25 / _START + _OTHERS**2
+            found.append(math.sqrt(variance + self._drift(i) ** 2))
         return found
 
     def _drift(self, i: int) -> float:
@@ -209,8 +225,8 @@ class Predictability:
 
     def __init__(self) -> None:
         self._new: dict[int, list[int]] = {}
-        self._next: dict[int, dict[tuple[int, int], int]] = {}
-        self._tail: dict[int, tuple[int, ...]] = {}
+        self._next: dict[int, dict[int, int]] = {}
+        self._tail: dict[int, tuple[int, int]] = {}
         self._hits: dict[int, float] = {}
         self._before: dict[int, float] = {}
 
@@ -236,10 +252,11 @@ class Predictability:
 
     def _read(self, request: int, tokens: Sequence[int]) -> None:
         follows = self._next.setdefault(request, {})
-        hits, tail = self._hits.get(request, 0.0), self._tail.get(request, ())
+        hits, (before, last) = self._hits.get(request, 0.0), self._tail.get(request, (-1, -1))
         for token in tokens:
-            if len(tail) == 2:
-                hits += ((follows.get((tail[0], tail[1])) == token) - hits) / _RECENT
-                follows[tail[0], tail[1]] = token
-            tail = (*tail[-1:], token)
-        self._hits[request], self._tail[request] = hits, tail
+            if before >= 0:
+                pair = before << 32 | last  # a quicker key than two
+                hits += ((follows.get(pair) == token) - hits) / _RECENT
+                follows[pair] = token
+            before, last = last, token
+        self._hits[request], self._tail[request] = hits, (before, last)

@@ -18,11 +18,12 @@ from .costs import DEEPEST, CostModel, Table
 from .depth import DepthChoice, FixedDepth, RoundShape, RowOutcome, RowState
 
 _DEPTHS = (0, 1, 2, 3, 4, 6, 8)  # few, as each is a shape to compile
-_EVERY = 4  # rounds from one choice to the next
+_EVERY, _SELDOM = 4, 8  # rounds from one choice to the next, and at most: doubling while nothing changes
 _GAIN = 1.015  # how much better another depth has to be, in two choices in a row,
 _GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.01  # than plain decoding, and plain decoding than it
 _MUCH, _CLEARLY = 1.03, 1.25  # better by so much, other depths may be worth trying, or it is taken at once
-_PLAIN_AGAIN = 64  # rounds of drafting after which plain decoding is measured again, times the square of the gain
+_PLAIN_AGAIN = 64  # rounds of drafting after which plain decoding is measured again, times the square of the gain,
+_PLAIN_LATEST, _PLAIN_LEVEL = 512, 1.3  # but so many at most, and at once when the level has moved so far since
 _PLAIN_SAMPLES, _PLAIN_SOON = 8, 16  # its samples until then, and rounds while there are fewer
 _OPTIMISM = 0.9  # standard errors
 _SHARE = 0.004  # of the time spent, for trying other depths
@@ -44,6 +45,7 @@ class _Place:
     """What is chosen for one table; for each depth, when it may be tried again and how long it waits then."""
 
     depth: int
+    level: float  # of the machine when plain decoding was last measured here
     rounds: int = 0
     due: list[int] = field(default_factory=lambda: [0] * (DEEPEST + 1))
     wait: list[int] = field(default_factory=lambda: [_WAIT] * (DEEPEST + 1))
@@ -89,8 +91,10 @@ class AdaptiveDepth:
         self._running: set[int] = set()
         self._trial: _Trial | None = None
         self._begun: deque[float] = deque()
+        self._told: list[tuple[RoundShape, float, Sequence[RowOutcome]]] = []
         self._last = 0.0
-        self._depth, self._chosen, self._wait = 0, 0, 0  # of the block planned; without trials; rounds to the choice
+        self._depth, self._chosen = 0, 0  # of the block planned, and without trials
+        self._wait, self._every = 0, _EVERY  # rounds to the next choice, and from the last one to it
         self._news, self._cut = False, False
         self._rival = 0
         self._table: Table | None = None
@@ -121,12 +125,25 @@ class AdaptiveDepth:
 
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
         """See `DepthPolicy`."""
-        now = self._clock()
-        seconds = self._seconds(now)
+        self._told.append((shape, self._seconds(self._clock()), outcomes))
+        # Several together: between rounds, what is read for it has left the processor's caches.
+        if len(self._told) >= _EVERY or not self._running:
+            self._learn()
+
+    def _learn(self) -> None:
+        """Take in the rounds told of."""
+        for shape, seconds, outcomes in self._told:
+            self._take_in(shape, seconds, outcomes)
+        self._told.clear()
+        self._memory.rates = self._acceptance.rates
+
+    def _take_in(self, shape: RoundShape, seconds: float, outcomes: Sequence[RowOutcome]) -> None:
         table = self._costs.table(shape.rows, shape.context)
         expected = self._costs.level * table.seconds(shape.verified, shape.drafted)
         new = (shape.verified, shape.drafted) not in table.seen
         self._costs.observe(shape.rows, shape.verified, shape.drafted, shape.context, seconds, settled=shape.settled)
+        if shape.verified == shape.drafted == 0 and table in self._places:
+            self._places[table].level = self._costs.level
         if self._costs.measured:
             self._earn(shape, seconds, expected, new=new or not shape.settled)
         for outcome in outcomes:
@@ -135,10 +152,10 @@ class AdaptiveDepth:
             if not over:
                 self._predictability.observe(outcome.request, outcome.tokens)
         self._acceptance.tick()
-        self._memory.rates = self._acceptance.rates
 
     def forget(self, request: int) -> None:
         """See `DepthPolicy`."""
+        self._learn()
         self._acceptance.forget(request)
         self._predictability.forget(request)
         self._running.discard(request)
@@ -184,9 +201,9 @@ class AdaptiveDepth:
         self._wait -= 1
         if not fresh and (most < DEEPEST or (not (moved or self._news) and self._wait > 0)):
             return max(self._chosen, least)
+        self._learn()
         if not any(table.target[k] is not None for k in _DEPTHS):
             return least
-        self._wait = _EVERY
         return self._choose(rows, table, compiled, least, fresh=fresh, moved=moved, most=most)
 
     def _choose(
@@ -202,7 +219,7 @@ class AdaptiveDepth:
     ) -> int:
         """The depth of the best rate, or that of a trial."""
         view = self._view = _View.of(rows, table, self._acceptance, self._costs.level, least)
-        place = self._place(table, view)
+        place = self._place(table, view, compiled, fresh=fresh)
         changed = place.depth == 0 and self._predictability.changed()
         if self._news or changed:
             place.renew(_WAIT if changed else _NEWS_WAIT)
@@ -210,12 +227,12 @@ class AdaptiveDepth:
         if changed:
             self._acceptance.doubt()
             self._memory.purse += _BONUS * view.seconds[0]
-        current = max(place.depth if fresh else self._chosen, least)
-        best = max((k for k in view.depths if table.known(k) or k == least), key=view.rates.__getitem__)
+        current = max(place.depth if fresh or moved else self._chosen, least)
+        best = max((k for k in view.depths if table.measured(k) or k in (current, least)), key=view.rates.__getitem__)
         better = view.rates[best] / view.rates[current] if table.known(current) else _CLEARLY + 1.0
         gain = _GAIN_OVER_PLAIN if current == 0 else _GAIN_OF_PLAIN if best == 0 else _GAIN
         rival = (best > current) - (best < current) if better > gain else 0
-        sure = better > _CLEARLY or fresh or moved or rival == self._rival
+        sure = better > _CLEARLY or fresh or rival == self._rival
         self._rival = rival
         saved = (better - 1.0) * min(_HORIZON, 8 * most) * view.seconds[current]
         if rival and sure and saved >= _PAYBACK * self._traces(compiled, current, best):
@@ -226,8 +243,10 @@ class AdaptiveDepth:
         if least == 0:
             place.depth = current
         self._cut = self._cuts(view, current)
-        place.rounds += _EVERY
+        place.rounds += self._every - max(self._wait, 0)
         self._trial = self._next_trial(view, table, compiled, place, current) if most == DEEPEST and not fresh else None
+        settled = not (fresh or moved or changed or self._rival or self._trial)
+        self._every = self._wait = min(2 * self._every, _SELDOM) if settled else _EVERY
         return current if self._trial is None else self._trial.depth
 
     def _cuts(self, view: _View, depth: int) -> bool:
@@ -235,28 +254,36 @@ class AdaptiveDepth:
         dear = view.worth(depth) >= (_UNCUT if self._cut else _CUT)
         return dear and self._memory.trace <= (0.7 if self._cut else 0.35) * view.seconds[depth]
 
-    def _place(self, table: Table, view: _View) -> _Place:
+    def _place(self, table: Table, view: _View, compiled: Callable[[int], bool], *, fresh: bool) -> _Place:
+        """What is chosen for a table. At first: the best of what is compiled, or what was chosen so far if it will do.
+
+        What other rows and contexts have told is a guess, and what is chosen on it may be dear.
+        """
         if table not in self._places:
             known = [k for k in _DEPTHS if table.known(k)]
-            self._places[table] = _Place(max(known, key=view.rates.__getitem__))
+            start = max([k for k in known if compiled(k)] or known, key=view.rates.__getitem__)
+            if not fresh and table.known(self._chosen) and view.rates[start] < _CLEARLY * view.rates[self._chosen]:
+                start = self._chosen
+            self._places[table] = _Place(start, view.level)
         return self._places[table]
 
     def _next_trial(
         self, view: _View, table: Table, compiled: Callable[[int], bool], place: _Place, current: int
     ) -> _Trial | None:
         """Another depth that may well be better, if it can be paid for."""
-        rate, hopes = view.rates[current], view.hopes(self._acceptance)
-        if current > 0 and view.least == 0 and place.due[0] <= place.rounds:
+        rate = view.rates[current]
+        moved = max(view.level / place.level, place.level / view.level) > _PLAIN_LEVEL
+        if current > 0 and view.least == 0 and (moved or place.due[0] <= place.rounds):
             # Costs that grow with the context, say, would else go unseen: all depths' look alike from within.
             doubtful = table.samples[0] < _PLAIN_SAMPLES
             # The first plain rounds behind others are not launched ahead, which the usual ones may be.
             rounds = 3 if doubtful else 1 if {(current, 0), (0, current)} <= table.seen else 2
-            loss, again = (
-                self._loss(view, table, compiled, current, 0, rounds),
-                int(_PLAIN_AGAIN * (rate / view.rates[0]) ** 2),
-            )
+            # By what is known of a level that is over, it might never be worth its price: then it has none.
+            loss = 0.0 if moved else max(self._loss(view, table, compiled, current, 0, rounds), 0.0)
+            again = min(int(_PLAIN_AGAIN * (rate / view.rates[0]) ** 2), _PLAIN_LATEST)
             if loss <= self._memory.purse:
-                self._memory.purse -= max(loss, 0.0)
+                self._memory.purse -= loss
+                place.level = view.level
                 place.due[0] = place.rounds + (min(_PLAIN_SOON, again) if doubtful else again)
                 return _Trial(table, 0, rounds)
             if not doubtful:
@@ -265,9 +292,12 @@ class AdaptiveDepth:
             # Once per process, and not paid for: no reckoning finds depths that pay without any drafts.
             return _Trial(table, _OPENING, _OPENING_ROUNDS)
         deepest = max(k for k in range(DEEPEST + 1) if table.known(k))
-        offers = []
-        for k in view.depths:
-            if 0 < k <= deepest + _REACH and k != current and place.due[k] <= place.rounds and hopes[k] > _GAIN * rate:
+        due = [
+            k for k in view.depths if 0 < k <= deepest + _REACH and k != current and place.due[k] <= place.rounds
+        ]
+        hopes, offers = view.hopes(self._acceptance) if due else [], []
+        for k in due:
+            if hopes[k] > _GAIN * rate:
                 rounds = 1 if table.known(k) else _TRIAL
                 loss = self._loss(view, table, compiled, current, k, rounds)
                 value = (hopes[k] / rate - _GAIN) / (max(loss, 0.0) + 0.1 * view.seconds[current])
@@ -320,15 +350,17 @@ class _View:
     @classmethod
     def of(cls, rows: Sequence[RowState], table: Table, model: AcceptanceModel, level: float, least: int) -> _View:
         """Of the batch `rows`."""
-        shares = [model.of(row.request) for row in rows]
-        chains = [committed(share) for share in shares]
-        for chain, row in zip(chains, rows, strict=True):
+        shares, chains = [], []
+        for row in rows:
+            share, chain = model.of(row.request)
             most = row.cap if row.fixed is None else min(row.fixed, row.cap)
             if row.fixed is not None:
-                chain[:] = [chain[most]] * len(chain)
+                chain = [chain[most]] * len(chain)
             elif most < DEEPEST:
-                chain[most:] = [chain[most]] * (len(chain) - most)
-        tokens = [sum(at) for at in zip(*chains, strict=True)]
+                chain = chain[:most] + [chain[most]] * (len(chain) - most)
+            shares.append(share)
+            chains.append(chain)
+        tokens = list(map(sum, zip(*chains, strict=True)))
         seconds = [level * s for s in table.steady()]
         return cls(
             requests=[r.request for r in rows],

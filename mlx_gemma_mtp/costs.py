@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 DEEPEST = 8
@@ -20,6 +21,7 @@ _UNKNOWN = 0.09  # of a share never measured
 _UNKNOWN_STEP = 0.25  # of the drafter's share before any round told it
 _MOVED = 0.01  # added when a table is carried over to other rows or another context
 _AGE, _AGE_UNSEEN, _OLD = 5e-6, 2e-5, 0.02  # added in each round, and up to where
+_DOUBTFUL = 0.023  # more than age makes of it: it was carried over, and not only to the next table
 _LEVEL_AGE = 1e-4
 _CLAMP = 0.25  # of a round's expected seconds: what one sample may say at most
 _STREAK = 8  # rounds of one depth after which a change is the machine's
@@ -103,6 +105,10 @@ class Table:
         """Whether verifying k drafts was ever measured, here or where this table was carried from."""
         return self.target[k] is not None
 
+    def measured(self, k: int) -> bool:
+        """Whether verifying k drafts is known well enough to choose it without another trial."""
+        return self.known(k) and self.variance[k] < _DOUBTFUL
+
     def curve(self) -> list[float]:
         """Seconds of the target's share for 0, 1, … drafts, at level 1."""
         if self._curve is None:
@@ -123,17 +129,19 @@ class Table:
 
         Of a depth hardly ever verified nothing is known but that it costs no less than shallower ones.
         """
-        base = max((j for j in range(k + 1) if self.known(j) and self.samples[j] >= _SURE), default=0)
+        base = k
+        while base and not (self.samples[base] >= _SURE and self.known(base)):
+            base -= 1
         return self.curve()[base] * max(1.0 - errors * math.sqrt(self.variance[base]), 0.3) + k * self.step
 
     def age(self, verified: int) -> None:
         """A round is over: what it didn't verify may have changed meanwhile."""
         self._streak = self._streak + 1 if verified == self._last else 0
         self._last = verified
-        before = self.variance[verified]
-        self.variance = [v if v >= _OLD else v + _AGE_UNSEEN for v in self.variance]
-        if before < _OLD:
-            self.variance[verified] = before + _AGE
+        variance = self.variance
+        for k, before in enumerate(variance):
+            if before < _OLD:
+                variance[k] = before + (_AGE if k == verified else _AGE_UNSEEN)
 
     def surprise(self, verified: int, clamped: float, residual: float) -> str:
         """Whether costs have changed: "no", "depth" (only this one's) or "all".
@@ -291,6 +299,9 @@ def _through(known: Sequence[float | None], variance: Sequence[float], prior: Se
     at = [k for k, s in enumerate(known) if s is not None]
     if not at:
         return list(prior)
+    points = [s for s in known if s is not None]
+    if len(points) == len(known) and all(a <= b for a, b in pairwise(points)):
+        return points
     values = dict(zip(at, _rising([known[k] or 0.0 for k in at], [1.0 / variance[k] for k in at]), strict=True))
     curve: list[float] = []
     for k in range(len(prior)):

@@ -137,6 +137,8 @@ class World:
             block = depth
         while waiting:
             _deliver(waiting, policy, clock)
+        for request in ids if self.rounds else ():
+            policy.forget(request)
         return run
 
     def _shape(

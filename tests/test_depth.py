@@ -68,7 +68,8 @@ def test_mixed_batches_with_one_round_under_way(kind: str, lag: int) -> None:
 def test_a_profile_leaves_little_to_be_found_out(kind: str, rows: int) -> None:
     for rate in (0.3, 0.85):
         world = World(cost=KINDS[kind], rates=steady(rate), rows=rows, rounds=600)
-        assert _run(world, 5, _tuned(world)).rate() >= 0.97 * _best(world)[1]
+        rates = [_run(world, seed, _tuned(world)).rate() for seed in range(4)]
+        assert sum(rates) / 4 >= 0.97 * _best(world)[1]
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -213,6 +214,7 @@ def test_a_failed_round_does_not_shift_the_clock_of_the_next() -> None:
     book = Book(policy, clock)
     for _ in range(3):
         book.round([RowState(request=1, cap=0)], flat, 0)
+    policy.forget(1)
     assert memory.costs.seconds(1, 0, 0, 100) == pytest.approx(flat(1, 0, 100), rel=0.01)
 
 
@@ -236,7 +238,8 @@ def _growing(row: int, round_: int) -> Sequence[float]:
     return [0.8] * 8
 
 
-def test_another_context_has_a_table_of_its_own() -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_another_context_has_a_table_of_its_own(seed: int) -> None:
     """Verifying gets dear as the context grows: what paid at first is given up."""
 
     def cost(rows: int, verified: int, context: int) -> float:
@@ -244,7 +247,7 @@ def test_another_context_has_a_table_of_its_own() -> None:
 
     rates: Rates = _growing
     world = World(cost=cost, rates=rates, rounds=2000, context=300, growth=4.0)
-    run = _run(world, 1)
+    run = _run(world, seed)
     assert sum(run.depths[:400]) / 400 > 3
     late = world.after(1500)
     assert run.rate(1700) >= 0.94 * max(
