@@ -2,9 +2,11 @@
 
     python bench/depth.py --pair demo|random --acceptance 0.8 --batches 1,4,8
 
-The arms (auto, and each fixed depth) take turns, forwards and backwards. The best fixed depth is chosen on every
-second repeat and scored on the others. `random` is a pair of 60 M parameters with random weights whose drafter does
-its work, but whose guesses are scripted: the target's own tokens, right with the probability --acceptance.
+All arms (auto, and each fixed depth) decode the same requests at the same time, each in a scheduler of its own: they
+take turns of --slice milliseconds, there and back again, and only an arm's own turns count, for auto's clock, too. So a
+machine that slows down does so for all of them. The best fixed depth is chosen on every second repeat and scored on the
+others. `random` is a pair of 60 M parameters with random weights whose drafter does its work, but whose guesses are
+scripted: the target's own tokens, right with the probability --acceptance.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import datetime
 import json
 import os
 import random
-import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,12 @@ import common
 import mlx.core as mx
 import pairs
 
+from mlx_gemma_mtp.adaptive import AdaptiveDepth, DepthMemory
+from mlx_gemma_mtp.depth import DepthPolicy, RoundShape, RowOutcome, RowState
 from mlx_gemma_mtp.loading import load_pair
+from mlx_gemma_mtp.request import Request
 from mlx_gemma_mtp.runtime import Runtime
+from mlx_gemma_mtp.scheduler import Scheduler
 from mlx_gemma_mtp.speculative import Choose, DrafterModel
 from mlx_gemma_mtp.views import HeldView
 
@@ -73,43 +80,138 @@ def random_pair(acceptance: float, new: int) -> tuple[Runtime, list[int]]:
     return runtime, prompt
 
 
-def measure(
-    runtime: Runtime, prompts: list[list[int]], arms: Sequence[Arm], args: argparse.Namespace
-) -> tuple[dict[Arm, list[float]], int]:
-    """Decode rates of every repeat, and auto's compilations in them, behind one warm run of each arm.
+class Watched(AdaptiveDepth):
+    """The policy with a clock that stands still while other arms have their turns, and the seconds that it takes."""
 
-    auto has three warm runs, as it also tries things out.
-    """
-    rates: dict[Arm, list[float]] = {arm: [] for arm in arms}
-    for arm in [*arms, "auto", "auto"]:
-        runtime.generate_batch(prompts, max_tokens=args.new, depth=arm, ignore_eos=True)
-    expected, compiled = None, dict.fromkeys(arms, 0)
-    for repeat in range(args.repeats):
-        for arm in arms if repeat % 2 == 0 else reversed(arms):
-            before = runtime._speculator.traces
-            outputs = runtime.generate_batch(prompts, max_tokens=args.new, depth=arm, ignore_eos=True)
-            compiled[arm] += runtime._speculator.traces - before
-            rates[arm].append(outputs[0].timing.decode_rate)
-            tokens = [o.tokens for o in outputs]
-            expected = tokens if expected is None else expected
-            if tokens != expected:
-                print(f"  depth {arm} gave other tokens", file=sys.stderr)
-    print(f"  compilations while measured: auto {compiled['auto']}, others {sum(compiled.values()) - compiled['auto']}")
-    return rates, compiled["auto"]
+    def __init__(self, memory: DepthMemory) -> None:
+        self.away, self.took, self.rounds = 0.0, 0.0, 0
+        super().__init__(memory, clock=lambda: time.perf_counter() - self.away)
+
+    def plan(self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]) -> list[int]:
+        """See `DepthPolicy`."""
+        begin = time.perf_counter()
+        depths = super().plan(rows, width=width, context=context, compiled=compiled)
+        self.took += time.perf_counter() - begin
+        return depths
+
+    def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
+        """See `DepthPolicy`."""
+        begin = time.perf_counter()
+        super().observe(shape, outcomes)
+        self.took, self.rounds = self.took + time.perf_counter() - begin, self.rounds + 1
 
 
-def judge(rates: dict[Arm, list[float]]) -> dict[str, Any]:
-    """auto over the best fixed depth (chosen on the even repeats, scored on the odd ones) and over plain."""
-    fixed = [arm for arm in rates if arm != "auto"]
-    best = max(fixed, key=lambda arm: statistics.median(rates[arm][::2]))
-    ratio = [a / b for a, b in zip(rates["auto"][1::2], rates[best][1::2], strict=True)]
-    plain = [a / b for a, b in zip(rates["auto"], rates[0], strict=True)]
+@dataclass
+class Racer:
+    """An arm's requests on their way. The first token of each, which the prefill gives, is not counted."""
+
+    scheduler: Scheduler
+    outputs: dict[int, list[int]]
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def start(cls, runtime: Runtime, depth: int | DepthPolicy, prompts: list[list[int]], new: int) -> Racer:
+        """Prefill all prompts."""
+        scheduler = runtime.scheduler(depth=depth, max_batch=len(prompts))
+        racer = cls(scheduler, {})
+        for prompt in prompts:
+            racer.outputs[scheduler.add(Request(prompt=prompt, max_tokens=new, ignore_eos=True))[0]] = []
+        while scheduler.waiting:
+            racer._step()
+        racer.tokens = 0
+        return racer
+
+    def turn(self, seconds: float) -> bool:
+        """Decode for `seconds`; whether there is more to do."""
+        begin = time.perf_counter()
+        while self.scheduler.busy and time.perf_counter() - begin < seconds:
+            self._step()
+        self.seconds += time.perf_counter() - begin
+        return self.scheduler.busy
+
+    def _step(self) -> None:
+        for event in self.scheduler.step():
+            self.outputs[event.request_id] += event.tokens
+            self.tokens += len(event.tokens)
+
+
+@dataclass
+class Found:
+    """Tokens and seconds of each repeat by arm; of auto also compilations, rounds and its policy's seconds."""
+
+    arms: dict[Arm, list[tuple[int, float]]]
+    compiled: int = 0
+    rounds: int = 0
+    policy: float = 0.0
+
+
+def race(
+    runtime: Runtime, prompts: list[list[int]], arms: Sequence[Arm], new: int, turn: float
+) -> tuple[dict[Arm, Racer], Watched, int]:
+    """All arms on the same requests, in turns; with auto's policy and its compilations."""
+    policy = Watched(runtime.depth_memory)
+    racers: dict[Arm, Racer] = {}
+    compiled, left = 0, 0.0
+    for arm in arms:
+        traces = runtime._speculator.traces
+        racers[arm] = Racer.start(runtime, policy if arm == "auto" else int(arm), prompts, new)
+        if arm == "auto":
+            compiled, left = runtime._speculator.traces - traces, time.perf_counter()
+    going = list(arms)
+    while going:
+        for arm in tuple(going):
+            traces = runtime._speculator.traces
+            if arm == "auto":
+                policy.away += time.perf_counter() - left
+            if not racers[arm].turn(turn):
+                going.remove(arm)
+            if arm == "auto":
+                compiled, left = compiled + runtime._speculator.traces - traces, time.perf_counter()
+        going.reverse()
+    return racers, policy, compiled
+
+
+def measure(runtime: Runtime, everyone: list[list[int]], rows: int, arms: Sequence[Arm], args: Any) -> Found:
+    """Behind --warmups repeats; where the batch has fewer rows, each repeat has other prompts."""
+    found = Found({arm: [] for arm in arms})
+    for repeat in range(-args.warmups, args.repeats):
+        prompts = [everyone[(repeat * rows + i) % len(everyone)] for i in range(rows)]
+        order = arms if repeat % 2 else arms[::-1]
+        racers, policy, compiled = race(runtime, prompts, order, args.new, args.slice / 1000)
+        for arm in arms:
+            if racers[arm].outputs != racers[arms[0]].outputs:
+                print(f"  depth {arm} gave other tokens than {arms[0]}", file=sys.stderr)
+        if repeat < 0:
+            continue
+        for arm, racer in racers.items():
+            found.arms[arm].append((racer.tokens, racer.seconds))
+        found.compiled += compiled
+        found.rounds, found.policy = found.rounds + policy.rounds, found.policy + policy.took
+    return found
+
+
+def judge(found: Found) -> dict[str, Any]:
+    """auto over the best fixed depth (chosen on the even repeats, scored on the odd ones) and over plain decoding."""
+
+    def rate(arm: Arm, first: int = 0, step: int = 1) -> float:
+        """Tokens per second of some of the repeats together."""
+        samples = found.arms[arm][first::step]
+        return sum(tokens for tokens, _ in samples) / sum(seconds for _, seconds in samples)
+
+    fixed = [arm for arm in found.arms if arm != "auto"]
+    rates = {arm: [tokens / seconds for tokens, seconds in samples] for arm, samples in found.arms.items()}
+    best = max(fixed, key=lambda arm: rate(arm, 0, 2))
+    single = [a / b for a, b in zip(rates["auto"], rates[0], strict=True)]
     return {
         "best": best,
-        "auto_over_best": common.Spread.of(ratio).to_dict(),
-        "auto_over_plain": common.Spread.of(plain).to_dict(),
-        "tokens_per_second": {str(arm): common.Spread.of(r).to_dict() for arm, r in rates.items()},
-        "samples": {str(arm): [round(x, 3) for x in r] for arm, r in rates.items()},
+        "auto_over_best": round(rate("auto", 1, 2) / rate(best, 1, 2), 4),
+        "auto_over_plain": round(rate("auto") / rate(0), 4),
+        "auto_over_plain_of_repeats": common.Spread.of(single).to_dict(),
+        "tokens_per_second": {str(arm): round(rate(arm), 2) for arm in found.arms},
+        "samples": {str(arm): [round(x, 2) for x in r] for arm, r in rates.items()},
+        "auto_compilations": found.compiled,
+        "policy_ms_per_round": round(1000 * found.policy / found.rounds, 4),
     }
 
 
@@ -120,8 +222,10 @@ def main() -> None:
     parser.add_argument("--acceptance", type=float, default=0.8)
     parser.add_argument("--batches", default="1,4,8")
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=6)
-    parser.add_argument("--deepest", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--warmups", type=int, default=2)
+    parser.add_argument("--slice", type=float, default=30.0, metavar="MS", help="an arm's turn (default: 30)")
+    parser.add_argument("--depths", default="0,1,2,3,4,5,6", help="the fixed ones (default: 0 to 6)")
     parser.add_argument("--tune", action="store_true", help="measure the costs first, as `tune` does")
     parser.add_argument("--tune-seconds", type=float, default=40.0)
     parser.add_argument("--out", type=Path, help="the record (default: none)")
@@ -132,17 +236,15 @@ def main() -> None:
     else:
         runtime = Runtime(load_pair("demo", dtype="float32"))
         everyone = common.make_prompts(common.DEMO)[1]
-    arms: list[Arm] = ["auto", *range(args.deepest + 1)]
+    arms: list[Arm] = ["auto", *map(int, args.depths.split(","))]
     if args.tune:
         runtime.tune(seconds=args.tune_seconds)
     found = {}
-    for batch in map(int, args.batches.split(",")):
-        rates, compiled = measure(runtime, everyone[:batch], arms, args)
-        found[batch] = {**judge(rates), "auto_compilations": compiled}
-        medians = {arm: round(s["median"], 1) for arm, s in found[batch]["tokens_per_second"].items()}
-        over, plain = found[batch]["auto_over_best"]["median"], found[batch]["auto_over_plain"]["median"]
-        print(f"batch {batch}: {over:.3f}x of best fixed ({found[batch]['best']}), {plain:.3f}x of plain; {medians}")
-        print(f"  {runtime.depth_policy('auto').describe()}; purse {runtime.depth_memory.purse:.3f}")
+    for rows in map(int, args.batches.split(",")):
+        told = found[rows] = judge(measure(runtime, everyone, rows, arms, args))
+        print(f"batch {rows}: {told['auto_over_best']:.3f}x of best fixed ({told['best']}), ", end="")
+        print(f"{told['auto_over_plain']:.3f}x of plain; {told['tokens_per_second']}; ", end="")
+        print(f"compilations {told['auto_compilations']}, policy {told['policy_ms_per_round']:.3f} ms a round")
     if args.out:
         record = {
             "benchmark": "depth",
@@ -154,6 +256,7 @@ def main() -> None:
             "pair": args.pair,
             "acceptance": args.acceptance if args.pair == "random" else None,
             "new_tokens": args.new,
+            "slice_ms": args.slice,
             "costs_measured_in_this_run": args.tune,
             "dtype": "float32",
             "batches": found,

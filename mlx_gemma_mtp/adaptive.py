@@ -232,7 +232,7 @@ class AdaptiveDepth:
         better = view.rates[best] / view.rates[current] if table.known(current) else _CLEARLY + 1.0
         gain = _GAIN_OVER_PLAIN if current == 0 else _GAIN_OF_PLAIN if best == 0 else _GAIN
         rival = (best > current) - (best < current) if better > gain else 0
-        sure = better > _CLEARLY or fresh or rival == self._rival
+        sure = better > _CLEARLY or fresh or moved or rival == self._rival
         self._rival = rival
         saved = (better - 1.0) * min(_HORIZON, 8 * most) * view.seconds[current]
         if rival and sure and saved >= _PAYBACK * self._traces(compiled, current, best):
@@ -255,15 +255,11 @@ class AdaptiveDepth:
         return dear and self._memory.trace <= (0.7 if self._cut else 0.35) * view.seconds[depth]
 
     def _place(self, table: Table, view: _View, compiled: Callable[[int], bool], *, fresh: bool) -> _Place:
-        """What is chosen for a table. At first: the best of what is compiled, or what was chosen so far if it will do.
-
-        What other rows and contexts have told is a guess, and what is chosen on it may be dear.
-        """
+        """What is chosen for a table. At first the best of the depths that are well known here, if possible compiled."""
         if table not in self._places:
             known = [k for k in _DEPTHS if table.known(k)]
+            known = [k for k in known if table.measured(k) or (k == self._chosen and not fresh)] or known
             start = max([k for k in known if compiled(k)] or known, key=view.rates.__getitem__)
-            if not fresh and table.known(self._chosen) and view.rates[start] < _CLEARLY * view.rates[self._chosen]:
-                start = self._chosen
             self._places[table] = _Place(start, view.level)
         return self._places[table]
 
@@ -292,9 +288,7 @@ class AdaptiveDepth:
             # Once per process, and not paid for: no reckoning finds depths that pay without any drafts.
             return _Trial(table, _OPENING, _OPENING_ROUNDS)
         deepest = max(k for k in range(DEEPEST + 1) if table.known(k))
-        due = [
-            k for k in view.depths if 0 < k <= deepest + _REACH and k != current and place.due[k] <= place.rounds
-        ]
+        due = [k for k in view.depths if 0 < k <= deepest + _REACH and k != current and place.due[k] <= place.rounds]
         hopes, offers = view.hopes(self._acceptance) if due else [], []
         for k in due:
             if hopes[k] > _GAIN * rate:
@@ -360,7 +354,7 @@ class _View:
                 chain = chain[:most] + [chain[most]] * (len(chain) - most)
             shares.append(share)
             chains.append(chain)
-        tokens = list(map(sum, zip(*chains, strict=True)))
+        tokens = [sum(at) for at in zip(*chains, strict=True)]
         seconds = [level * s for s in table.steady()]
         return cls(
             requests=[r.request for r in rows],
