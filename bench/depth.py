@@ -172,10 +172,12 @@ def race(
     return racers, policy, compiled
 
 
-def measure(runtime: Runtime, everyone: list[list[int]], rows: int, arms: Sequence[Arm], args: Any) -> Found:
-    """Behind --warmups repeats; where the batch has fewer rows, each repeat has other prompts."""
+def measure(
+    runtime: Runtime, everyone: list[list[int]], rows: int, repeats: int, arms: Sequence[Arm], args: argparse.Namespace
+) -> Found:
+    """Repeats with other prompts each where the batch is smaller, behind one pass over all prompts that warms up."""
     found = Found({arm: [] for arm in arms})
-    for repeat in range(-args.warmups, args.repeats):
+    for repeat in range(-max(args.warmups, len(everyone) // rows), repeats):
         prompts = [everyone[(repeat * rows + i) % len(everyone)] for i in range(rows)]
         order = arms if repeat % 2 else arms[::-1]
         racers, policy, compiled = race(runtime, prompts, order, args.new, args.slice / 1000)
@@ -221,9 +223,9 @@ def main() -> None:
     parser.add_argument("--pair", choices=["demo", "random"], default="demo")
     parser.add_argument("--acceptance", type=float, default=0.8)
     parser.add_argument("--batches", default="1,4,8")
-    parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--warmups", type=int, default=2)
+    parser.add_argument("--new", type=int, default=64, help="tokens (default: 64; the demo's answers end at 69 to 92)")
+    parser.add_argument("--repeats", default="48,24,16", help="of each batch (default: 48,24,16)")
+    parser.add_argument("--warmups", type=int, default=2, help="at least (default: 2)")
     parser.add_argument("--slice", type=float, default=30.0, metavar="MS", help="an arm's turn (default: 30)")
     parser.add_argument("--depths", default="0,1,2,3,4,5,6", help="the fixed ones (default: 0 to 6)")
     parser.add_argument("--tune", action="store_true", help="measure the costs first, as `tune` does")
@@ -232,7 +234,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.pair == "random":
         runtime, prompt = random_pair(args.acceptance, args.new)
-        everyone = [prompt] * 8
+        everyone = [prompt]
     else:
         runtime = Runtime(load_pair("demo", dtype="float32"))
         everyone = common.make_prompts(common.DEMO)[1]
@@ -240,8 +242,8 @@ def main() -> None:
     if args.tune:
         runtime.tune(seconds=args.tune_seconds)
     found = {}
-    for rows in map(int, args.batches.split(",")):
-        told = found[rows] = judge(measure(runtime, everyone, rows, arms, args))
+    for rows, repeats in zip(map(int, args.batches.split(",")), map(int, args.repeats.split(",")), strict=False):
+        told = found[rows] = judge(measure(runtime, everyone, rows, repeats, arms, args))
         print(f"batch {rows}: {told['auto_over_best']:.3f}x of best fixed ({told['best']}), ", end="")
         print(f"{told['auto_over_plain']:.3f}x of plain; {told['tokens_per_second']}; ", end="")
         print(f"compilations {told['auto_compilations']}, policy {told['policy_ms_per_round']:.3f} ms a round")
