@@ -19,6 +19,7 @@ from .depth import DepthChoice, FixedDepth, RoundShape, RowOutcome, RowState
 
 _DEPTHS = (0, 1, 2, 3, 4, 6, 8)  # few, as each is a shape to compile
 _EVERY, _SELDOM = 4, 8  # rounds from one choice to the next, and at most: doubling while nothing changes
+_HARDLY_EVER = 32  # and where no text could change anything
 _GAIN = 1.015  # how much better another depth has to be, in two choices in a row,
 _GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.01  # than plain decoding, and plain decoding than it
 _MUCH, _CLEARLY = 1.03, 1.25  # better by so much, other depths may be worth trying, or it is taken at once
@@ -26,6 +27,7 @@ _PLAIN_AGAIN = 64  # rounds of drafting after which plain decoding is measured a
 _PLAIN_LATEST, _PLAIN_LEVEL = 512, 1.3  # but so many at most, and at once when the level has moved so far since
 _PLAIN_SAMPLES, _PLAIN_SOON = 8, 16  # its samples until then, and rounds while there are fewer
 _OPTIMISM = 0.9  # standard errors
+_BEST = 0.98  # acceptance that may be hoped for
 _SHARE = 0.004  # of the time spent, for trying other depths
 _FIRST_SHARE, _FIRST_ROUNDS = 0.025, 300  # and of the first rounds
 _CREDIT = 20  # rounds over which a depth that should be better pays for being tried
@@ -95,7 +97,7 @@ class AdaptiveDepth:
         self._last = 0.0
         self._depth, self._chosen = 0, 0  # of the block planned, and without trials
         self._wait, self._every = 0, _EVERY  # rounds to the next choice, and from the last one to it
-        self._news, self._cut = False, False
+        self._news, self._cut, self._hopeless = False, False, False
         self._rival = 0
         self._table: Table | None = None
         self._view: _View | None = None
@@ -246,7 +248,8 @@ class AdaptiveDepth:
         place.rounds += self._every - max(self._wait, 0)
         self._trial = self._next_trial(view, table, compiled, place, current) if most == DEEPEST and not fresh else None
         settled = not (fresh or moved or changed or self._rival or self._trial)
-        self._every = self._wait = min(2 * self._every, _SELDOM) if settled else _EVERY
+        seldom = _HARDLY_EVER if current == 0 and self._hopeless else _SELDOM
+        self._every = self._wait = min(2 * self._every, seldom) if settled else _EVERY
         return current if self._trial is None else self._trial.depth
 
     def _cuts(self, view: _View, depth: int) -> bool:
@@ -268,6 +271,9 @@ class AdaptiveDepth:
     ) -> _Trial | None:
         """Another depth that may well be better, if it can be paid for."""
         rate = view.rates[current]
+        self._hopeless = current == 0 and not self._acceptance.unknown and view.hopeless
+        if self._hopeless:
+            return None
         moved = max(view.level / place.level, place.level / view.level) > _PLAIN_LEVEL
         if current > 0 and view.least == 0 and (moved or place.due[0] <= place.rounds):
             # Costs that grow with the context, say, would else go unseen: all depths' look alike from within.
@@ -372,8 +378,16 @@ class _View:
     def hopes(self, model: AcceptanceModel) -> list[float]:
         """Rates as good as they may well be."""
         off = model.deviations(self.requests)
-        hopeful = committed([min(a + _OPTIMISM * d, 0.98) for a, d in zip(self.acceptance, off, strict=True)])
-        expected = committed(self.acceptance)
+        return self._at([min(a + _OPTIMISM * d, _BEST) for a, d in zip(self.acceptance, off, strict=True)])
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no acceptance would make any drafts pay."""
+        return max(self._at([_BEST] * DEEPEST)[1:]) <= _GAIN * self.rates[0]
+
+    def _at(self, acceptance: list[float]) -> list[float]:
+        """Rates at another acceptance, and costs as low as they may well be."""
+        hopeful, expected = committed(acceptance), committed(self.acceptance)
         return [
             self.tokens[k] * hopeful[k] / expected[k] / (self.level * self.table.least(k, _OPTIMISM))
             for k in range(DEEPEST + 1)
