@@ -9,13 +9,13 @@ share of the time spent decoding, compilations included, and ever more rarely wh
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .acceptance import AcceptanceModel, Predictability, committed
 from .costs import DEEPEST, CostModel, Table
 from .depth import DepthChoice, FixedDepth, RoundShape, RowOutcome, RowState
+from .round_clock import RoundClock, Timed
 
 _DEPTHS = (0, 1, 2, 3, 4, 6, 8)  # few, as each is a shape to compile
 _EVERY, _SELDOM = 4, 8  # rounds from one choice to the next, and at most: doubling while nothing changes
@@ -86,15 +86,12 @@ class AdaptiveDepth:
 
     def __init__(self, memory: DepthMemory | None = None, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._memory = DepthMemory() if memory is None else memory
-        self._costs, self._clock = self._memory.costs, clock
+        self._costs, self._rounds = self._memory.costs, RoundClock(clock)
         self._acceptance = AcceptanceModel(self._memory.rates)
         self._predictability = Predictability()
         self._places = self._memory.places
         self._running: set[int] = set()
         self._trial: _Trial | None = None
-        self._begun: deque[float] = deque()
-        self._told: list[tuple[RoundShape, float, Sequence[RowOutcome]]] = []
-        self._last = 0.0
         self._depth, self._chosen = 0, 0  # of the block planned, and without trials
         self._wait, self._every = 0, _EVERY  # rounds to the next choice, and from the last one to it
         self._news, self._cut, self._hopeless = False, False, False
@@ -112,7 +109,7 @@ class AdaptiveDepth:
         running = self._running
         fresh = not running
         if fresh:
-            self._begun.clear()  # of rounds that failed, nothing was told
+            self._rounds.clear()
         new = {r.request for r in rows} - running
         joining = not fresh and len(new) == len(rows)
         running |= new
@@ -123,32 +120,33 @@ class AdaptiveDepth:
 
     def begin(self) -> None:
         """See `DepthPolicy`."""
-        self._begun.append(self._clock())
+        self._rounds.begin()
 
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
         """See `DepthPolicy`."""
-        self._told.append((shape, self._seconds(self._clock()), outcomes))
+        self._rounds.end(shape, outcomes)
         # Several together: between rounds, what is read for it has left the processor's caches.
-        if len(self._told) >= _EVERY or not self._running:
+        if len(self._rounds) >= _EVERY or not self._running:
             self._learn()
 
     def _learn(self) -> None:
-        """Take in the rounds told of."""
-        for shape, seconds, outcomes in self._told:
-            self._take_in(shape, seconds, outcomes)
-        self._told.clear()
+        """Take in the rounds that are over."""
+        for timed in self._rounds.take():
+            self._take_in(timed)
         self._memory.rates = self._acceptance.rates
 
-    def _take_in(self, shape: RoundShape, seconds: float, outcomes: Sequence[RowOutcome]) -> None:
-        table = self._costs.table(shape.rows, shape.context)
-        expected = self._costs.level * table.seconds(shape.verified, shape.drafted)
-        new = (shape.verified, shape.drafted) not in table.seen
-        self._costs.observe(shape.rows, shape.verified, shape.drafted, shape.context, seconds, settled=shape.settled)
-        if shape.verified == shape.drafted == 0 and table in self._places:
-            self._places[table].level = self._costs.level
-        if self._costs.measured:
-            self._earn(shape, seconds, expected, new=new or not shape.settled)
-        for outcome in outcomes:
+    def _take_in(self, timed: Timed) -> None:
+        shape, costs = timed.shape, self._costs
+        table = costs.table(shape.rows, shape.context)
+        expected = costs.level * table.seconds(shape.verified, shape.drafted)
+        new = not shape.settled or (shape.verified, shape.drafted) not in table.seen
+        fair = shape.settled and timed.fair
+        costs.observe(shape.rows, shape.verified, shape.drafted, shape.context, timed.seconds, settled=fair)
+        if fair and shape.verified == shape.drafted == 0 and table in self._places:
+            self._places[table].level = costs.level
+        if costs.measured:
+            self._earn(shape, timed.seconds, expected, new=new)
+        for outcome in timed.outcomes:
             over = outcome.request not in self._running
             self._acceptance.observe(None if over else outcome.request, outcome.offered, outcome.accepted)
             if not over:
@@ -167,14 +165,6 @@ class AdaptiveDepth:
         if self._view is None:
             return DepthChoice(depth=self._depth, reason="nothing was decoded yet")
         return self._view.describe()
-
-    def _seconds(self, now: float) -> float:
-        """Of the oldest round begun: from the end of the last one, unless there was a pause or a prefill between."""
-        last, self._last = self._last, now
-        if not self._begun:
-            return 0.0
-        begun = self._begun.popleft()
-        return now - (last if 2.0 * (begun - last) < now - begun else begun)
 
     def _earn(self, shape: RoundShape, seconds: float, expected: float, *, new: bool) -> None:
         """Put by a share of a round's time; note what a compilation took."""
@@ -258,7 +248,7 @@ class AdaptiveDepth:
         return dear and self._memory.trace <= (0.7 if self._cut else 0.35) * view.seconds[depth]
 
     def _place(self, table: Table, view: _View, compiled: Callable[[int], bool], *, fresh: bool) -> _Place:
-        """What is chosen for a table. At first the best of the depths that are well known here, if possible compiled."""
+        """What is chosen for a table: at first the best of the depths well known here, if possible a compiled one."""
         if table not in self._places:
             known = [k for k in _DEPTHS if table.known(k)]
             known = [k for k in known if table.measured(k) or (k == self._chosen and not fresh)] or known

@@ -1,0 +1,85 @@
+"""What each round took, where the next one may be launched before the last one is over. Knows no models or policies."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from .depth import RoundShape, RowOutcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A round that is over. `seconds` is worth learning from if it is `fair`.
+
+    `behind`: it was launched before the round before it was over; `ahead`: the one after it was, too.
+    """
+
+    shape: RoundShape
+    outcomes: Sequence[RowOutcome]
+    seconds: float
+    behind: bool
+    ahead: bool
+    fair: bool = True
+
+
+class RoundClock:
+    """Times rounds by `clock` (seconds, never falling), and keeps them until they are asked for.
+
+    A CPU runs a round that is launched ahead at once: in a chain of such rounds the first seems to take twice its time
+    and the last one none, and only together they tell what each took.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._begun: deque[float] = deque()
+        self._over: list[Timed] = []
+        self._last, self._behind = 0.0, False
+
+    def __len__(self) -> int:
+        return len(self._over)
+
+    def clear(self) -> None:
+        """Rounds on their way have failed: nothing will be told of them."""
+        self._begun.clear()
+        self._behind = False
+
+    def begin(self) -> None:
+        """A round is launched."""
+        self._begun.append(self._clock())
+
+    def end(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
+        """The oldest round on its way is over."""
+        now = self._clock()
+        seconds, last = 0.0, self._last
+        if self._begun:
+            begun = self._begun.popleft()
+            # From the end of the last round, unless there was a pause or a prefill between.
+            seconds = now - (last if 2.0 * (begun - last) < now - begun else begun)
+        behind, ahead = self._behind, bool(self._begun)
+        self._last, self._behind = now, ahead
+        self._over.append(Timed(shape=shape, outcomes=outcomes, seconds=seconds, behind=behind, ahead=ahead))
+
+    def take(self) -> list[Timed]:
+        """The rounds over since; of a chain just begun not yet the first."""
+        over, self._over = self._over, []
+        if over and over[-1].ahead and not over[-1].behind:
+            self._over = [over.pop()]
+        taken: list[Timed] = []
+        chain: list[Timed] = []
+        for timed in over:
+            chain.append(timed)
+            if not timed.ahead:
+                taken += _shared(chain)
+                chain = []
+        return taken + _shared(chain)
+
+
+def _shared(chain: list[Timed]) -> list[Timed]:
+    """A chain, or a part of one, with fair times."""
+    kinds = {(t.shape.rows, t.shape.verified, t.shape.drafted) for t in chain}
+    if len(chain) > 1 and len(kinds) == 1 and not chain[0].behind and not chain[-1].ahead:
+        mean, fair = sum(t.seconds for t in chain) / len(chain), all(t.shape.settled for t in chain)
+        return [replace(t, seconds=mean, fair=fair) for t in chain]
+    return [replace(t, fair=t.behind == t.ahead) for t in chain]
