@@ -18,8 +18,9 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class Watched(AdaptiveDepth):
     """The policy with a clock that stands still while other arms have their turns, and the seconds that it takes."""
 
     def __init__(self, memory: DepthMemory) -> None:
-        self.away, self.took, self.rounds = 0.0, 0.0, 0
+        self.away, self.took, self.rounds = 0.0, 0.0, Counter[tuple[int, int]]()
         super().__init__(memory, clock=lambda: time.perf_counter() - self.away)
 
     def plan(self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]) -> list[int]:
@@ -98,7 +99,8 @@ class Watched(AdaptiveDepth):
         """See `DepthPolicy`."""
         begin = time.perf_counter()
         super().observe(shape, outcomes)
-        self.took, self.rounds = self.took + time.perf_counter() - begin, self.rounds + 1
+        self.took += time.perf_counter() - begin
+        self.rounds[shape.verified, shape.drafted] += 1
 
 
 @dataclass
@@ -142,7 +144,7 @@ class Found:
 
     arms: dict[Arm, list[tuple[int, float]]]
     compiled: int = 0
-    rounds: int = 0
+    rounds: Counter[tuple[int, int]] = field(default_factory=Counter)
     policy: float = 0.0
 
 
@@ -189,7 +191,8 @@ def measure(
         for arm, racer in racers.items():
             found.arms[arm].append((racer.tokens, racer.seconds))
         found.compiled += compiled
-        found.rounds, found.policy = found.rounds + policy.rounds, found.policy + policy.took
+        found.rounds.update(policy.rounds)
+        found.policy += policy.took
     return found
 
 
@@ -213,7 +216,8 @@ def judge(found: Found) -> dict[str, Any]:
         "tokens_per_second": {str(arm): round(rate(arm), 2) for arm in found.arms},
         "samples": {str(arm): [round(x, 2) for x in r] for arm, r in rates.items()},
         "auto_compilations": found.compiled,
-        "policy_ms_per_round": round(1000 * found.policy / found.rounds, 4),
+        "auto_rounds": {f"{verified}+{drafted}": n for (verified, drafted), n in found.rounds.most_common()},
+        "policy_ms_per_round": round(1000 * found.policy / found.rounds.total(), 4),
     }
 
 
@@ -243,10 +247,13 @@ def main() -> None:
         runtime.tune(seconds=args.tune_seconds)
     found = {}
     for rows, repeats in zip(map(int, args.batches.split(",")), map(int, args.repeats.split(",")), strict=False):
+        costs = runtime.depth_memory.costs
+        expected = [round(1000 * costs.level * s, 1) for s in costs.table(rows, 200).steady()]
         told = found[rows] = judge(measure(runtime, everyone, rows, repeats, arms, args))
         print(f"batch {rows}: {told['auto_over_best']:.3f}x of best fixed ({told['best']}), ", end="")
         print(f"{told['auto_over_plain']:.3f}x of plain; {told['tokens_per_second']}; ", end="")
         print(f"compilations {told['auto_compilations']}, policy {told['policy_ms_per_round']:.3f} ms a round")
+        print(f"  rounds (verified+drafted) {told['auto_rounds']}; expected before: {expected}")
     if args.out:
         record = {
             "benchmark": "depth",

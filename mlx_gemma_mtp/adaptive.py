@@ -20,6 +20,7 @@ from .round_clock import RoundClock, Timed
 _DEPTHS = (0, 1, 2, 3, 4, 6, 8)  # few, as each is a shape to compile
 _EVERY, _SELDOM = 4, 8  # rounds from one choice to the next, and at most: doubling while nothing changes
 _HARDLY_EVER = 32  # and where no text could change anything
+_TOGETHER = 16  # rounds that are taken in at once
 _GAIN = 1.015  # how much better another depth has to be, in two choices in a row,
 _GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.01  # than plain decoding, and plain decoding than it
 _MUCH, _CLEARLY = 1.03, 1.25  # better by so much, other depths may be worth trying, or it is taken at once
@@ -110,12 +111,19 @@ class AdaptiveDepth:
         fresh = not running
         if fresh:
             self._rounds.clear()
-        new = {r.request for r in rows} - running
-        joining = not fresh and len(new) == len(rows)
-        running |= new
-        self._news |= bool(new)
-        if not joining and any(r.fixed is None and r.cap for r in rows):
-            self._depth = self._next_depth(rows, self._costs.table(width, context), compiled, fresh=fresh)
+        new = least = most = 0
+        for row in rows:
+            if row.request not in running:
+                running.add(row.request)
+                new += 1
+            if row.fixed is None:
+                most = max(most, row.cap)
+            elif row.cap:
+                least = max(least, row.fixed)
+        self._news |= new > 0
+        joining = not fresh and new == len(rows)
+        if most and not joining:
+            self._depth = self._next_depth(rows, self._costs.table(width, context), compiled, least, most, fresh=fresh)
         return [0 if r.cap == 0 else self._depth if r.fixed is None else r.fixed for r in rows]
 
     def begin(self) -> None:
@@ -125,8 +133,8 @@ class AdaptiveDepth:
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
         """See `DepthPolicy`."""
         self._rounds.end(shape, outcomes)
-        # Several together: between rounds, what is read for it has left the processor's caches.
-        if len(self._rounds) >= _EVERY or not self._running:
+        # Many together: between rounds, what is read for it has left the processor's caches.
+        if len(self._rounds) >= _TOGETHER or not self._running:
             self._learn()
 
     def _learn(self) -> None:
@@ -179,12 +187,20 @@ class AdaptiveDepth:
         memory.purse = min(memory.purse + share * min(seconds, 3.0 * expected), max(most, memory.purse))
 
     def _next_depth(
-        self, rows: Sequence[RowState], table: Table, compiled: Callable[[int], bool], *, fresh: bool
+        self,
+        rows: Sequence[RowState],
+        table: Table,
+        compiled: Callable[[int], bool],
+        least: int,
+        most: int,
+        *,
+        fresh: bool,
     ) -> int:
-        """The depth for the free rows: that of a trial, the last choice, or, every few rounds, a new one."""
+        """The depth for the free rows: that of a trial, the last choice, or, every few rounds, a new one.
+
+        `least`: depth that another row asks for. `most`: drafts that could be of use to the free rows.
+        """
         moved, self._table = table is not self._table, table
-        least = max((r.fixed for r in rows if r.fixed is not None and r.cap), default=0)
-        most = max(r.cap for r in rows if r.fixed is None)
         trial = self._trial
         if trial is not None and trial.table is table and trial.left > 1 and most >= trial.depth >= least:
             trial.left -= 1
