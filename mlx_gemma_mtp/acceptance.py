@@ -118,6 +118,8 @@ class AcceptanceModel:
 
         `request`: None when it has ended.
         """
+        if request is not None:
+            self._known.pop(request, None)
         tried = min(offered, accepted + 1, POSITIONS)
         if tried <= 0:
             return
@@ -132,8 +134,6 @@ class AcceptanceModel:
                 rate.shift(jump)
             reaching[i] += 1
             kept[i] += i < accepted
-        if request is not None:
-            self._known.pop(request, None)
 
     def forget(self, request: int) -> None:
         """A request has ended."""

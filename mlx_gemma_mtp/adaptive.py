@@ -20,6 +20,7 @@ from .round_clock import RoundClock, Timed
 _DEPTHS = (0, 1, 2, 3, 4, 6, 8)  # few, as each is a shape to compile
 _EVERY, _SELDOM = 4, 8  # rounds from one choice to the next, and at most: doubling while nothing changes
 _HARDLY_EVER = 32  # and where no text could change anything
+_HOPE = 1024  # rounds after which drafts are tried all the same
 _TOGETHER = 16  # rounds that are taken in at once
 _GAIN = 1.015  # how much better another depth has to be, in two choices in a row,
 _GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.01  # than plain decoding, and plain decoding than it
@@ -28,7 +29,7 @@ _PLAIN_AGAIN = 64  # rounds of drafting after which plain decoding is measured a
 _PLAIN_LATEST, _PLAIN_LEVEL = 512, 1.3  # but so many at most, and at once when the level has moved so far since
 _PLAIN_SAMPLES, _PLAIN_SOON = 8, 16  # its samples until then, and rounds while there are fewer
 _OPTIMISM = 0.9  # standard errors
-_BEST = 0.98  # acceptance that may be hoped for
+_BEST, _FAR = 0.98, 0.9  # acceptance that may be hoped for; a rate that is not worth hoping for
 _SHARE = 0.004  # of the time spent, for trying other depths
 _FIRST_SHARE, _FIRST_ROUNDS = 0.025, 300  # and of the first rounds
 _CREDIT = 20  # rounds over which a depth that should be better pays for being tried
@@ -48,8 +49,9 @@ class _Place:
     """What is chosen for one table; for each depth, when it may be tried again and how long it waits then."""
 
     depth: int
-    level: float  # of the machine when plain decoding was last measured here
+    level: float  # of the machine when plain decoding was last measured here, or was to be
     rounds: int = 0
+    hope: int = _HOPE  # round at which drafts are tried though no acceptance would make them pay
     due: list[int] = field(default_factory=lambda: [0] * (DEEPEST + 1))
     wait: list[int] = field(default_factory=lambda: [_WAIT] * (DEEPEST + 1))
 
@@ -139,9 +141,11 @@ class AdaptiveDepth:
 
     def _learn(self) -> None:
         """Take in the rounds that are over."""
-        for timed in self._rounds.take():
+        taken = self._rounds.take()
+        for timed in taken:
             self._take_in(timed)
-        self._memory.rates = self._acceptance.rates
+        if taken:
+            self._memory.rates = self._acceptance.rates
 
     def _take_in(self, timed: Timed) -> None:
         shape, costs = timed.shape, self._costs
@@ -229,14 +233,17 @@ class AdaptiveDepth:
         view = self._view = _View.of(rows, table, self._acceptance, self._costs.level, least)
         place = self._place(table, view, compiled, fresh=fresh)
         changed = place.depth == 0 and self._predictability.changed()
-        if self._news or changed:
+        news = self._news
+        if news or changed:
             place.renew(_WAIT if changed else _NEWS_WAIT)
             self._news = False
         if changed:
             self._acceptance.doubt()
             self._memory.purse += _BONUS * view.seconds[0]
         current = max(place.depth if fresh or moved else self._chosen, least)
-        best = max((k for k in view.depths if table.measured(k) or k in (current, least)), key=view.rates.__getitem__)
+        best = max(
+            (k for k in view.depths if table.measured(k) or k in (0, current, least)), key=view.rates.__getitem__
+        )
         better = view.rates[best] / view.rates[current] if table.known(current) else _CLEARLY + 1.0
         gain = _GAIN_OVER_PLAIN if current == 0 else _GAIN_OF_PLAIN if best == 0 else _GAIN
         rival = (best > current) - (best < current) if better > gain else 0
@@ -253,7 +260,7 @@ class AdaptiveDepth:
         self._cut = self._cuts(view, current)
         place.rounds += self._every - max(self._wait, 0)
         self._trial = self._next_trial(view, table, compiled, place, current) if most == DEEPEST and not fresh else None
-        settled = not (fresh or moved or changed or self._rival or self._trial)
+        settled = not (fresh or moved or news or changed or self._rival or self._trial)
         seldom = _HARDLY_EVER if current == 0 and self._hopeless else _SELDOM
         self._every = self._wait = min(2 * self._every, seldom) if settled else _EVERY
         return current if self._trial is None else self._trial.depth
@@ -278,12 +285,16 @@ class AdaptiveDepth:
         """Another depth that may well be better, if it can be paid for."""
         rate = view.rates[current]
         self._hopeless = current == 0 and not self._acceptance.unknown and view.hopeless
+        if self._hopeless and place.rounds >= place.hope:
+            # What is held against drafts may have been measured at a bad time.
+            place.hope, k = place.rounds + _HOPE, view.best_hope
+            return _Trial(table, k, 2 if (k, k) in table.seen else 4)
         if self._hopeless:
             return None
         moved = max(view.level / place.level, place.level / view.level) > _PLAIN_LEVEL
         if current > 0 and view.least == 0 and (moved or place.due[0] <= place.rounds):
             # Costs that grow with the context, say, would else go unseen: all depths' look alike from within.
-            doubtful = table.samples[0] < _PLAIN_SAMPLES
+            doubtful = table.samples[0] < _PLAIN_SAMPLES or not table.measured(0)
             # The first plain rounds behind others are not launched ahead, which the usual ones may be.
             rounds = 3 if doubtful else 1 if {(current, 0), (0, current)} <= table.seen else 2
             # By what is known of a level that is over, it might never be worth its price: then it has none.
@@ -388,8 +399,13 @@ class _View:
 
     @property
     def hopeless(self) -> bool:
-        """Whether no acceptance would make any drafts pay."""
-        return max(self._at([_BEST] * DEEPEST)[1:]) <= _GAIN * self.rates[0]
+        """Whether no acceptance would make any drafts pay, by far."""
+        return max(self._at([_BEST] * DEEPEST)[1:]) <= _FAR * self.rates[0]
+
+    @property
+    def best_hope(self) -> int:
+        """The depth that comes nearest to paying."""
+        return max(self.depths[1:], key=self._at([_BEST] * DEEPEST).__getitem__)
 
     def _at(self, acceptance: list[float]) -> list[float]:
         """Rates at another acceptance, and costs as low as they may well be."""

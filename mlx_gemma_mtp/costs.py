@@ -21,8 +21,9 @@ _UNKNOWN = 0.09  # of a share never measured
 _UNKNOWN_STEP = 0.25  # of the drafter's share before any round told it
 _MOVED = 0.01  # added when a table is carried over to other rows or another context
 _AGE, _AGE_UNSEEN, _OLD = 5e-6, 2e-5, 0.02  # added in each round, and up to where
-_DOUBTFUL = 0.023  # more than age makes of it: it was carried over, and not only to the next table
+_DOUBTFUL = 0.023  # more than age makes of it: it was carried over twice, or once after long disuse
 _LEVEL_AGE = 1e-4
+_USUAL, _RAISED = 0.002, 1.15  # what a round says of the usual level, and how far above it counts
 _CLAMP = 0.25  # of a round's expected seconds: what one sample may say at most
 _STREAK = 8  # rounds of one depth after which a change is the machine's
 _SURE = 4  # samples after which a cost is taken for what it seems
@@ -143,11 +144,11 @@ class Table:
             if before < _OLD:
                 variance[k] = before + (_AGE if k == verified else _AGE_UNSEEN)
 
-    def surprise(self, verified: int, clamped: float, residual: float) -> str:
+    def surprise(self, verified: int, clamped: float, residual: float, *, raised: bool) -> str:
         """Whether costs have changed: "no", "depth" (only this one's) or "all".
 
         They have when the clamp cut several samples in a row the same way. After many rounds of one depth it is the
-        machine; else the other depths would have told.
+        machine; else the other depths would have told. `raised`: the machine was slower than usual.
         """
         sign = (residual > clamped) - (residual < clamped)
         count = self._surprises[verified]
@@ -155,8 +156,10 @@ class Table:
         count, sure = self._surprises[verified], self.samples[verified] >= _SURE
         if self._streak >= _STREAK and sure:
             return "all" if abs(count) >= _SURPRISES else "no"
-        # Other work on the machine makes rounds dearer for a while, never cheaper.
-        return "depth" if count >= (_LASTING if sure else _SURPRISES) or count <= -_SURPRISES else "no"
+        # Other work on the machine makes rounds dearer for a while, and never cheaper than they were.
+        if count <= -_SURPRISES:
+            return "all" if raised and sure else "depth"
+        return "depth" if count >= (_LASTING if sure else _SURPRISES) else "no"
 
     def learn(self, verified: int, drafted: int, residual: float, level: float, level_variance: float) -> float:
         """Share a round's residual (seconds) out by what is least sure; returns the level's relative correction."""
@@ -195,7 +198,7 @@ class CostModel:
 
     def __init__(self, facts: CostFacts | None = None) -> None:
         self.facts = CostFacts() if facts is None else facts
-        self.level, self._level_variance = 1.0, math.inf
+        self.level, self._level_variance, self._usual = 1.0, math.inf, 1.0
         self._tables: dict[tuple[int, int], Table] = {}
 
     @property
@@ -237,14 +240,15 @@ class CostModel:
             return False
         if not self.measured:
             # The prior has no unit: the first round gives it one.
-            self.level, self._level_variance = seconds / table.seconds(*shape), 0.05
+            self.level = self._usual = seconds / table.seconds(*shape)
+            self._level_variance = 0.05
         self._level_variance += _LEVEL_AGE
         expected = self.level * table.seconds(*shape)
         residual = min(max(seconds - expected, -_CLAMP * expected), _CLAMP * expected)
         if not table.known(verified):
             # A guess may be far off: clamped as usual, it would take many rounds to leave.
             residual = min(seconds - expected, expected)
-        changed = table.surprise(verified, residual, seconds - expected)
+        changed = table.surprise(verified, residual, seconds - expected, raised=self.level > _RAISED * self._usual)
         if changed != "no":
             residual = seconds - expected
         if changed == "all":
@@ -252,6 +256,7 @@ class CostModel:
         elif changed == "depth":
             table.variance[verified] = _UNKNOWN
         before = self._level_variance
+        self._usual += _USUAL * (min(self.level, 2.0 * self._usual) - self._usual)
         self.level *= 1.0 + table.learn(*shape, residual, self.level, before)
         self._level_variance = before * (1.0 - before / (before + _NOISE + table.variance[verified]))
         return True
@@ -261,7 +266,7 @@ class CostModel:
 
         For a model that has observed nothing.
         """
-        self.level, self._level_variance = 1.0, _STORED
+        self.level, self._level_variance, self._usual = 1.0, _STORED, 1.0
         table = self.table(rows, context)
         table.step, table.step_variance = step, _STORED
         table.target = [max(seconds - k * step, 0.1 * seconds) for k, seconds in enumerate(steady)]
@@ -277,7 +282,8 @@ class CostModel:
     def from_dict(cls, data: Mapping[str, Any]) -> CostModel:
         """The model that was dumped. Raises KeyError, TypeError or ValueError where `data` is something else."""
         model = cls(CostFacts(**data["facts"]))
-        model.level, model._level_variance = float(data["level"]), 0.01
+        model.level = model._usual = float(data["level"])
+        model._level_variance = 0.01
         for entry in data["tables"]:
             table = Table(model.facts, int(entry["rows"]), context_bucket(int(entry["context"])))
             table.target = [None if s is None else float(s) for s in entry["target"]]

@@ -42,6 +42,9 @@ class RoundClock:
 
     def clear(self) -> None:
         """Rounds on their way have failed: nothing will be told of them."""
+        if self._over and self._over[-1].ahead:
+            # The end of its chain, as far as it goes.
+            self._over[-1] = replace(self._over[-1], behind=True, ahead=False)
         self._begun.clear()
         self._behind = False
 
@@ -62,7 +65,7 @@ class RoundClock:
         self._over.append(Timed(shape=shape, outcomes=outcomes, seconds=seconds, behind=behind, ahead=ahead))
 
     def take(self) -> list[Timed]:
-        """The rounds over since; of a chain just begun not yet the first."""
+        """The rounds that are over; the first of a chain stays until the next one is, too."""
         over, self._over = self._over, []
         if over and over[-1].ahead and not over[-1].behind:
             self._over = [over.pop()]
@@ -77,9 +80,11 @@ class RoundClock:
 
 
 def _shared(chain: list[Timed]) -> list[Timed]:
-    """A chain, or a part of one, with fair times."""
+    """A chain, or a part of one: what each took, and whether that is worth learning from."""
     kinds = {(t.shape.rows, t.shape.verified, t.shape.drafted) for t in chain}
-    if len(chain) > 1 and len(kinds) == 1 and not chain[0].behind and not chain[-1].ahead:
-        mean, fair = sum(t.seconds for t in chain) / len(chain), all(t.shape.settled for t in chain)
-        return [replace(t, seconds=mean, fair=fair) for t in chain]
+    if len(chain) > 1 and not chain[0].behind and not chain[-1].ahead:
+        if len(kinds) > 1 or not all(t.shape.settled for t in chain):
+            return [replace(t, fair=False) for t in chain]
+        mean = sum(t.seconds for t in chain) / len(chain)
+        return [replace(t, seconds=mean) for t in chain]
     return [replace(t, fair=t.behind == t.ahead) for t in chain]

@@ -49,7 +49,10 @@ def steady(*rates: float) -> Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """What a policy is put into. `lag`: rounds begun before an earlier one is observed."""
+    """What a policy is put into. `lag`: rounds begun before an earlier one is observed.
+
+    `pace`: how many times longer a round takes than it should, which no policy can help: a run's seconds leave it out.
+    """
 
     cost: Cost
     rates: Rates
@@ -64,6 +67,7 @@ class World:
     lag: int = 0
     request_rounds: int = 0
     tokens: Callable[[int], int] = lambda round_: round_
+    pace: Callable[[int], float] = lambda round_: 1.0
 
     def seconds(self, verified: int, drafted: int, round_: int) -> float:
         """A round's, without noise."""
@@ -119,7 +123,7 @@ class World:
             depth = max(depths)
             policy.begin()
             shape = self._shape(block, depth, seen, wanted)
-            seconds = self.seconds(*shape, t) * (1.0 + self.noise * draw.uniform(-1.0, 1.0))
+            seconds = self.seconds(*shape, t) * self.pace(t) * (1.0 + self.noise * draw.uniform(-1.0, 1.0))
             run.add(block, shape, t, traced=shape not in seen)
             seconds += 0.0 if shape in seen else self.trace
             if self.stall_every and t % self.stall_every == self.stall_every - 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -117,6 +118,37 @@ def test_a_profile_without_rates_is_soon_worth_something(rate: float) -> None:
     assert sum(later) / len(later) >= 0.94 * _best(world)[1]
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_machine_that_is_slow_at_times_changes_no_choice(rows: int) -> None:
+    """Half as fast for dozens of rounds at a time, as a shared one is; requests are short and drafts pay."""
+    costs = (2.0, 3.5, 4.7, 5.4, 6.3, 7.3, 8.2, 9.0, 9.8)
+    rates = []
+    for seed in range(4):
+        draw, paces = random.Random(seed), list[float]()
+        while len(paces) < 1500:
+            paces += [2.0 if len(paces) % 2 else 1.0] * draw.randrange(10, 80)
+        world = World(
+            cost=lambda rows, k, context: 1e-3 * costs[k] * (0.4 + 0.6 * rows),
+            draft=0.0006, rates=steady(0.97), rows=rows, rounds=1500, request_rounds=9, pace=paces.__getitem__,
+        )  # fmt: skip
+        rates.append(_run(world, seed, _tuned(world)).rate() / _best(world)[1])
+    assert sum(rates) / 4 >= 0.95
+    assert min(rates) >= 0.9
+
+
+def test_costs_measured_at_a_bad_time_are_not_believed_for_ever() -> None:
+    """A profile in which drafts are three times too dear: no acceptance would make them pay."""
+    world = World(cost=flat, rates=steady(0.9), rounds=4000)
+    memory = _tuned(world)
+    table = memory.costs.table(1, world.context)
+    table.target = [seconds and seconds * (1.0 if k == 0 else 8.0) for k, seconds in enumerate(table.target)]
+    table.changed()
+    memory.rates = [(0.9, 50.0)]
+    run = _run(world, 0, memory)
+    assert run.depths[5:500] == [0] * 495
+    assert sum(run.depths[3000:]) / 1000 > 3
+
+
 def test_short_requests_learn_from_each_other() -> None:
     memory = DepthMemory()
     world = World(cost=flat, rates=steady(0.8), rounds=64)
@@ -214,12 +246,13 @@ def test_a_failed_round_does_not_shift_the_clock_of_the_next() -> None:
     book = Book(policy, clock)
     for _ in range(3):
         book.round([RowState(request=1, cap=0)], flat, 0)
+        clock.now += 5.0
     policy.forget(1)
     assert memory.costs.seconds(1, 0, 0, 100) == pytest.approx(flat(1, 0, 100), rel=0.01)
 
 
 def test_ended_requests_leave_nothing_behind() -> None:
-    """The scheduler forgets a request before it tells of its last round."""
+    """A request may be told of after it was forgotten."""
     clock = Clock()
     policy = AdaptiveDepth(clock=clock)
     policy.plan([RowState(request=7, cap=8)], width=1, context=10, compiled=_all)
