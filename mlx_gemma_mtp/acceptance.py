@@ -52,21 +52,19 @@ class Rate:
         faded: float = self._weight * _FORGET ** (now - self._stamp)
         return max(_STALE, faded)
 
-    def add(self, accepted: bool, now: int) -> float:
-        """Count one draft; returns by how much the mean jumped, if the last few drafts belie it."""
-        self._weight = weight = min(self.weight(now) + 1.0, self._memory)
-        self._stamp = now
-        self.mean += (accepted - self.mean) / weight
-        self._fast += (accepted - self._fast) / _LATEST
+    def add(self, accepted: float, count: int, now: int) -> float:
+        """As `add_mean`, but returns by how much the mean jumped, if the last few drafts belie it."""
+        self.add_mean(accepted, count, now)
+        self._fast += (accepted - self._fast) * (1.0 - (1.0 - 1.0 / _LATEST) ** count)
         jump = self._fast - self.mean
         # Most drafts end at the first comparison, which no spread could turn.
-        if -_LEAST_JUMP < jump < _LEAST_JUMP or weight < 2.0 * _LATEST or abs(jump) < _ERRORS * self.spread():
+        if -_LEAST_JUMP < jump < _LEAST_JUMP or self._weight < 2.0 * _LATEST or abs(jump) < _ERRORS * self.spread():
             return 0.0
         self.mean, self._weight = self._fast, _LATEST
         return jump
 
     def add_mean(self, accepted: float, count: int, now: int) -> None:
-        """Count `count` drafts, of which the share `accepted` was."""
+        """Count `count` drafts, of which the share `accepted` was, whatever the last ones tell."""
         self._weight = min(self.weight(now) + count, self._memory)
         self._stamp = now
         self.mean += (accepted - self.mean) * min(count / self._weight, 1.0)
@@ -88,7 +86,7 @@ class AcceptanceModel:
         self._now = 0
         self._all = [Rate(mean, weight, _ALL, 0) for mean, weight in rates]
         self._reached = [0] * POSITIONS
-        self._reaching, self._accepted = [0] * POSITIONS, [0] * POSITIONS
+        self._told: dict[int | None, tuple[list[int], list[int]]] = {}
         self._own: dict[int, list[Rate]] = {}
         self._known: dict[int, tuple[list[float], list[float]]] = {}
         self._new: tuple[list[float], list[float]] | None = None
@@ -98,42 +96,46 @@ class AcceptanceModel:
         """Means of all requests, and the samples they stand for, at the positions that any has reached."""
         return [(rate.mean, rate.weight(self._now)) for rate in self._all]
 
-    def tick(self) -> None:
-        """A round is over: all requests' rates take it in, and what it told nothing of grows older."""
-        for i, count in enumerate(self._reaching):
-            if not count:
-                break
-            mean = self._accepted[i] / count
-            if i == len(self._all):
-                guess = self._guess([], i)
-                self._all.append(Rate(guess, 1.0, _ALL, self._now))
-            self._all[i].add_mean(mean, count, self._now)
-            self._reached[i] = self._now
-            self._reaching[i] = self._accepted[i] = 0
-            self._new = None
-        self._now += 1
-
     def observe(self, request: int | None, offered: int, accepted: int) -> None:
         """Of `offered` drafts the first `accepted` were kept. Those behind the first rejection tell nothing.
 
-        `request`: None when it has ended.
+        `request`: None when it has ended. It counts with the next `tick`.
         """
-        if request is not None:
-            self._known.pop(request, None)
         tried = min(offered, accepted + 1, POSITIONS)
-        if tried <= 0:
-            return
-        own = [] if request is None else self._own.setdefault(request, [])
-        now, reaching, kept = self._now, self._reaching, self._accepted
-        for i in range(tried):
-            if i == len(own):
-                start = _START if self._all else _START_ALONE
-                own.append(Rate(self._guess([r.mean for r in own], i), start, _OWN, now))
-            jump = own[i].add(i < accepted, now)
-            for rate in own[i + 1 :] if jump else ():
-                rate.shift(jump)
-            reaching[i] += 1
-            kept[i] += i < accepted
+        if tried > 0:
+            tried_before, kept_before = self._told.setdefault(request, ([0] * POSITIONS, [0] * POSITIONS))
+            tried_before[tried - 1] += 1
+            kept_before[min(accepted, tried) - 1] += accepted > 0
+
+    def tick(self, rounds: int = 1) -> None:
+        """So many rounds are over: the rates take them in, and what they told nothing of grows older."""
+        self._known.clear()
+        now, reaching, kept = self._now, [0] * POSITIONS, [0] * POSITIONS
+        for request, (tried, accepted) in self._told.items():
+            own = [] if request is None else self._own.setdefault(request, [])
+            _from_the_end(tried)
+            _from_the_end(accepted)
+            for i, count in enumerate(tried):
+                if not count:
+                    break
+                if i == len(own):
+                    start = _START if self._all else _START_ALONE
+                    own.append(Rate(self._guess([r.mean for r in own], i), start, _OWN, now))
+                jump = own[i].add(accepted[i] / count, count, now)
+                for rate in own[i + 1 :] if jump else ():
+                    rate.shift(jump)
+                reaching[i] += count
+                kept[i] += accepted[i]
+        self._told.clear()
+        for i, count in enumerate(reaching):
+            if not count:
+                break
+            if i == len(self._all):
+                self._all.append(Rate(self._guess([], i), 1.0, _ALL, now))
+            self._all[i].add_mean(kept[i] / count, count, now)
+            self._reached[i] = now
+            self._new = None
+        self._now += rounds
 
     def forget(self, request: int) -> None:
         """A request has ended."""
@@ -206,6 +208,12 @@ class AcceptanceModel:
             last = min(len(own), i) - 1
             everyone += own[last] - known[min(last, len(known) - 1)].mean
         return min(max(everyone, _LOWEST), _HIGHEST)
+
+
+def _from_the_end(counts: list[int]) -> None:
+    """How many reached each position, from how many went no further."""
+    for i in reversed(range(len(counts) - 1)):
+        counts[i] += counts[i + 1]
 
 
 def committed(rates: Sequence[float]) -> list[float]:

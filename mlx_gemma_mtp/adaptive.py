@@ -145,6 +145,7 @@ class AdaptiveDepth:
         for timed in taken:
             self._take_in(timed)
         if taken:
+            self._acceptance.tick(len(taken))
             self._memory.rates = self._acceptance.rates
 
     def _take_in(self, timed: Timed) -> None:
@@ -163,7 +164,6 @@ class AdaptiveDepth:
             self._acceptance.observe(None if over else outcome.request, outcome.offered, outcome.accepted)
             if not over:
                 self._predictability.observe(outcome.request, outcome.tokens)
-        self._acceptance.tick()
 
     def forget(self, request: int) -> None:
         """See `DepthPolicy`."""

@@ -21,8 +21,9 @@ from .views import CacheSpec
 
 BATCHES = (1, 2, 4, 8)
 CONTEXTS = (256, 3000)
-_ROUNDS = 6  # timed, behind one that compiles
-_QUIET = 2  # of the times of a round the one that counts, from the least: other work only ever adds
+_ROUNDS = 6  # timed at least, behind one that compiles,
+_QUICK, _MOST = 2.0, 24  # and up to so many within these seconds: a small pair's rounds are soon disturbed
+_QUIET = 3  # one in so many times of a round is shorter than the one that counts: other work only ever adds
 _AHEAD = 2  # rounds timed together where they are launched ahead
 _ROOM = 200  # tokens that come in each turn at most
 _SPLIT = 8  # drafts of the rounds that tell the drafter's share
@@ -113,17 +114,20 @@ def _measure(
     shapes = [*((k, k) for k in range(DEEPEST + 1)), (0, _SPLIT), (0, 0)]
     spent: list[list[float]] = [[] for _ in shapes]
     draw = random.Random(0)
-    for turn in range(_ROUNDS + 1):
+    begin = time.perf_counter()
+    for turn in range(_MOST + 1):
+        if turn > _ROUNDS and time.perf_counter() - begin > _QUICK:
+            break
         cache = filled(speculator.spec, rows, context)
         for i, (verified, drafted) in enumerate(shapes):
-            told((turn * len(shapes) + i) / ((_ROUNDS + 1) * len(shapes)))
+            told(min(turn * len(shapes) + i, _ROUNDS * len(shapes)) / ((_ROUNDS + 1) * len(shapes)))
             tokens = [[draw.randrange(vocab_size) for _ in range(verified + 1)] for _ in range(rows)]
             block = Block(mx.array(tokens, mx.int32), mx.full((rows,), verified, mx.int32))
             mx.eval(block.tokens, block.offered)
             # The last shape is a plain round that waits for its tokens, as the one that tells the drafter's share does.
             ahead = i < DEEPEST + 1 and pipelined == ("all" if verified else pipelined) and pipelined != "none"
             spent[i].append((_ahead if ahead else _alone)(speculator, cache, block, drafted))
-    quiet = [sorted(times[1:])[_QUIET - 1] for times in spent]
+    quiet = [sorted(times[1:])[(len(times) - 1) // _QUIET - 1] for times in spent]
     return quiet[: DEEPEST + 1], max(quiet[-2] - quiet[-1], 0.0) / _SPLIT
 
 

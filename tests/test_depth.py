@@ -46,8 +46,8 @@ def _tuned(world: World) -> DepthMemory:
 def test_regret_and_plain(kind: str, rate: float) -> None:
     """Over 2,000 rounds, with noise of 15% and a stall every 50 rounds."""
     world = World(cost=KINDS[kind], rates=steady(rate), stall_every=50)
-    (best, most), rates = _best(world), [_run(world, seed).rate() for seed in range(4)]
-    assert sum(rates) / 4 >= (0.97 if best else 0.98) * most, f"best is {best}"
+    (best, most), rates = _best(world), [_run(world, seed).rate() for seed in range(8)]
+    assert sum(rates) / 8 >= (0.97 if best else 0.98) * most, f"best is {best}"
     assert min(rates) >= 0.95 * most, "bad luck costs little more"
 
 
