@@ -69,8 +69,9 @@ def test_mixed_batches_with_one_round_under_way(kind: str, lag: int) -> None:
 def test_a_profile_leaves_little_to_be_found_out(kind: str, rows: int) -> None:
     for rate in (0.3, 0.85):
         world = World(cost=KINDS[kind], rates=steady(rate), rows=rows, rounds=600)
-        rates = [_run(world, seed, _tuned(world)).rate() for seed in range(4)]
-        assert sum(rates) / 4 >= 0.97 * _best(world)[1]
+        rates, best = [_run(world, seed, _tuned(world)).rate() for seed in range(4)], _best(world)[1]
+        assert sum(rates) / 4 >= 0.97 * best
+        assert min(rates) >= 0.95 * best, "bad luck costs little more"
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -74,9 +74,7 @@ def test_a_pause_between_rounds_belongs_to_none() -> None:
     rounds = RoundClock(clock)
     for _ in range(2):
         clock.now += 100.0
-        rounds.begin()
-        clock.now += 0.5
-        rounds.end(_shape(), [])
+        _chain(rounds, clock, 1, 0.5)
     assert [t.seconds for t in rounds.take()] == [0.5, 0.5]
 
 
