@@ -40,7 +40,7 @@ from mlx_gemma_mtp.speculative import Choose, DrafterModel
 from mlx_gemma_mtp.views import HeldView
 
 Arm = int | str
-LENGTH = 40
+LENGTH, ROOM = 40, 496  # tokens of the random pair's first prompt, and that its rows hold without growing
 
 
 class Scripted:
@@ -70,16 +70,20 @@ class Scripted:
         return self._real.draft(token, hidden, view, depth, scripted)
 
 
-def random_pair(acceptance: float, new: int) -> tuple[Runtime, list[int]]:
-    """The random pair, and the prompt that its script is of."""
+def random_pair(acceptance: float, new: int) -> tuple[Runtime, list[list[int]]]:
+    """The random pair, and prompts that are so many beginnings of the text that its script is of.
+
+    Each is continued with other right and wrong guesses: which depth ends a request with a full block is luck.
+    """
     with pairs.random_pair(pairs.SHAPE_60M) as path:
         runtime = Runtime(load_pair(str(path), dtype="float32"))
     prompt = [random.Random(7).randrange(5, runtime.config.vocab_size) for _ in range(LENGTH)]
-    plain = runtime.generate(prompt, max_tokens=new + 9, depth=0, ignore_eos=True).tokens
+    count = max((ROOM - LENGTH) // new, 1)
+    plain = runtime.generate(prompt, max_tokens=count * new + 9, depth=0, ignore_eos=True).tokens
     real = runtime._speculator.drafter
     assert real is not None
     runtime._speculator.drafter = Scripted(real, prompt + plain, acceptance, runtime.config.vocab_size)
-    return runtime, prompt
+    return runtime, [prompt + plain[: i * new] for i in range(count)]
 
 
 class Watched(AdaptiveDepth):
@@ -184,9 +188,9 @@ def race(
 def measure(
     runtime: Runtime, everyone: list[list[int]], rows: int, repeats: int, arms: Sequence[Arm], args: argparse.Namespace
 ) -> Found:
-    """Repeats with other prompts each where the batch is smaller, behind one pass over all prompts that warms up."""
+    """Repeats with other prompts each where the batch is smaller, behind some that warm up."""
     found = Found({arm: [] for arm in arms})
-    for repeat in range(-2 * max(args.warmups, len(everyone) // rows), repeats):
+    for repeat in range(-2 * args.warmups, repeats):
         # Even repeats choose the best depth, odd ones score it: both have the same texts.
         prompts = [everyone[(repeat // 2 * rows + i) % len(everyone)] for i in range(rows)]
         first = repeat // 2 % len(arms)
@@ -239,7 +243,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,4,8")
     parser.add_argument("--new", type=int, default=64, help="tokens (default: 64; the demo's answers end at 69 to 92)")
     parser.add_argument("--repeats", default="48,24,16", help="of each batch (default: 48,24,16)")
-    parser.add_argument("--warmups", type=int, default=2, help="at least (default: 2)")
+    parser.add_argument("--warmups", type=int, default=4, help="pairs of repeats before (default: 4)")
     parser.add_argument("--slice", type=float, default=30.0, metavar="MS", help="an arm's turn (default: 30)")
     parser.add_argument("--depths", default="0,1,2,3,4,5,6", help="the fixed ones (default: 0 to 6)")
     parser.add_argument("--tune", action="store_true", help="measure the costs first, as `tune` does")
@@ -247,8 +251,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the record (default: none)")
     args = parser.parse_args()
     if args.pair == "random":
-        runtime, prompt = random_pair(args.acceptance, args.new)
-        everyone = [prompt]
+        runtime, everyone = random_pair(args.acceptance, args.new)
     else:
         runtime = Runtime(load_pair("demo", dtype="float32"))
         everyone = common.make_prompts(common.DEMO)[1]

@@ -9,7 +9,7 @@ share of the time spent decoding, compilations included, and ever more rarely wh
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .acceptance import AcceptanceModel, Predictability, committed
@@ -17,8 +17,9 @@ from .costs import DEEPEST, CostModel, Table
 from .depth import DepthChoice, FixedDepth, RoundShape, RowOutcome, RowState
 from .round_clock import RoundClock, Timed
 
-_DEPTHS = (0, 1, 2, 3, 4, 6, 8)  # few, as each is a shape to compile
-_EVERY, _SELDOM = 4, 8  # rounds from one choice to the next, and at most: doubling while nothing changes
+_DEPTHS = (0, 1, 2, 3, 4, 5, 6, 8)  # few, as each is a shape to compile
+_EVERY, _SELDOM = 4, 8  # rounds from one choice to the next, and at most: doubling while nothing changes,
+_MANY = 4  # rows, whose rates take longer to look at: from so many on both are twice as many
 _HARDLY_EVER = 32  # and where no text could change anything
 _HOPE = 1024  # rounds after which drafts are tried all the same
 _TOGETHER = 16  # rounds that are taken in at once
@@ -31,7 +32,8 @@ _PLAIN_SAMPLES, _PLAIN_SOON = 8, 16  # its samples until then, and rounds while 
 _OPTIMISM = 0.9  # standard errors
 _BEST, _FAR = 0.98, 0.9  # acceptance that may be hoped for; a rate that is not worth hoping for
 _SHARE = 0.004  # of the time spent, for trying other depths
-_FIRST_SHARE, _FIRST_ROUNDS = 0.025, 300  # and of the first rounds
+_FIRST_SHARE, _FIRST_ROUNDS = 0.025, 300  # and of the first rounds,
+_FIRST_OF_RATES = 130  # which are fewer where the costs are known and only the texts are not
 _CREDIT = 20  # rounds over which a depth that should be better pays for being tried
 _BONUS = 4.0  # plain rounds' worth of it when a text has changed
 _SAVINGS = 12.0  # plain rounds' worth that can be put by
@@ -41,6 +43,7 @@ _TRIAL = 3  # rounds at a depth never measured, besides those that compile
 _REACH = 3  # drafts beyond the deepest ever measured that a trial may go
 _CUT, _UNCUT = 0.2, 0.12  # worth of a draft from which blocks are cut, and below which they no longer are
 _WAIT, _LONGEST_WAIT = 4, 256  # rounds from one trial of a depth to its next: doubling
+_LONG = 1000  # tokens from which on a request's last round doesn't count
 _NEWS_WAIT = 16  # rounds after which a new request may be tried for
 
 
@@ -93,13 +96,15 @@ class AdaptiveDepth:
         self._acceptance = AcceptanceModel(self._memory.rates)
         self._predictability = Predictability()
         self._places = self._memory.places
-        self._running: set[int] = set()
+        self._running: dict[int, int] = {}  # drafts that could be of use to each request when it joined
+        self._ended: list[int] = []
         self._trial: _Trial | None = None
         self._depth, self._chosen = 0, 0  # of the block planned, and without trials
         self._wait, self._every = 0, _EVERY  # rounds to the next choice, and from the last one to it
         self._news, self._cut, self._hopeless = False, False, False
         self._rival = 0
         self._table: Table | None = None
+        self._place_before: _Place | None = None
         self._view: _View | None = None
 
     @property
@@ -116,7 +121,7 @@ class AdaptiveDepth:
         new = least = most = 0
         for row in rows:
             if row.request not in running:
-                running.add(row.request)
+                running[row.request] = row.cap
                 new += 1
             if row.fixed is None:
                 most = max(most, row.cap)
@@ -147,6 +152,10 @@ class AdaptiveDepth:
         if taken:
             self._acceptance.tick(len(taken))
             self._memory.rates = self._acceptance.rates
+        for request in self._ended:
+            self._acceptance.forget(request)
+            self._predictability.forget(request)
+        self._ended.clear()
 
     def _take_in(self, timed: Timed) -> None:
         shape, costs = timed.shape, self._costs
@@ -167,10 +176,10 @@ class AdaptiveDepth:
 
     def forget(self, request: int) -> None:
         """See `DepthPolicy`."""
-        self._learn()
-        self._acceptance.forget(request)
-        self._predictability.forget(request)
-        self._running.discard(request)
+        self._running.pop(request, None)
+        self._ended.append(request)
+        if not self._running:
+            self._learn()
 
     def describe(self) -> DepthChoice:
         """What is chosen now, and why."""
@@ -186,7 +195,10 @@ class AdaptiveDepth:
             step = 0.1 if shape.settled and memory.traced else 0.3
             memory.trace += step * (min(max(seconds - expected, 0.0), 3.0 * memory.trace) - memory.trace)
         memory.rounds += 1
-        share = _SHARE if memory.rounds > _FIRST_ROUNDS else _FIRST_SHARE
+        first = _FIRST_OF_RATES if memory.costs.stored else _FIRST_ROUNDS
+        share = _SHARE if memory.rounds > first else _FIRST_SHARE
+        if shape.verified not in (0, self._chosen) and 2.0 * seconds < expected:
+            memory.purse += expected - seconds  # a trial was paid for, and cost less
         most = _SAVINGS * expected + 4.0 * memory.trace
         memory.purse = min(memory.purse + share * min(seconds, 3.0 * expected), max(most, memory.purse))
 
@@ -230,7 +242,7 @@ class AdaptiveDepth:
         most: int,
     ) -> int:
         """The depth of the best rate, or that of a trial."""
-        view = self._view = _View.of(rows, table, self._acceptance, self._costs.level, least)
+        view = self._view = _View.of(rows, table, self._acceptance, self._costs.level, least, self._running)
         place = self._place(table, view, compiled, fresh=fresh)
         changed = place.depth == 0 and self._predictability.changed()
         news = self._news
@@ -259,10 +271,11 @@ class AdaptiveDepth:
             place.depth = current
         self._cut = self._cuts(view, current)
         place.rounds += self._every - max(self._wait, 0)
-        self._trial = self._next_trial(view, table, compiled, place, current) if most == DEEPEST and not fresh else None
+        self._trial = self._next_trial(view, table, compiled, place, current) if most >= DEEPEST and not fresh else None
         settled = not (fresh or moved or news or changed or self._rival or self._trial)
-        seldom = _HARDLY_EVER if current == 0 and self._hopeless else _SELDOM
-        self._every = self._wait = min(2 * self._every, seldom) if settled else _EVERY
+        twice = 1 if len(rows) < _MANY else 2
+        seldom = _HARDLY_EVER if current == 0 and self._hopeless else twice * _SELDOM
+        self._every = self._wait = min(2 * self._every, seldom) if settled else twice * _EVERY
         return current if self._trial is None else self._trial.depth
 
     def _cuts(self, view: _View, depth: int) -> bool:
@@ -276,7 +289,9 @@ class AdaptiveDepth:
             known = [k for k in _DEPTHS if table.known(k)]
             known = [k for k in known if table.measured(k) or (k == self._chosen and not fresh)] or known
             start = max([k for k in known if compiled(k)] or known, key=view.rates.__getitem__)
-            self._places[table] = _Place(start, view.level)
+            # Costs were carried over, too: plain decoding was measured where they come from.
+            self._places[table] = _Place(start, view.level if self._place_before is None else self._place_before.level)
+        self._place_before = self._places[table]
         return self._places[table]
 
     def _next_trial(
@@ -291,7 +306,8 @@ class AdaptiveDepth:
             return _Trial(table, k, 2 if (k, k) in table.seen else 4)
         if self._hopeless:
             return None
-        moved = max(view.level / place.level, place.level / view.level) > _PLAIN_LEVEL
+        # If it was only drafts that have become so much dearer, plain decoding may pay by now.
+        moved = view.level / place.level > max(_PLAIN_LEVEL, rate / view.rates[0])
         if current > 0 and view.least == 0 and (moved or place.due[0] <= place.rounds):
             # Costs that grow with the context, say, would else go unseen: all depths' look alike from within.
             doubtful = table.samples[0] < _PLAIN_SAMPLES or not table.measured(0)
@@ -365,8 +381,16 @@ class _View:
     depth: int = 0
 
     @classmethod
-    def of(cls, rows: Sequence[RowState], table: Table, model: AcceptanceModel, level: float, least: int) -> _View:
-        """Of the batch `rows`."""
+    def of(
+        cls,
+        rows: Sequence[RowState],
+        table: Table,
+        model: AcceptanceModel,
+        level: float,
+        least: int,
+        asked_of: Mapping[int, int],
+    ) -> _View:
+        """Of the batch `rows`; `asked_of`: drafts that could be of use to each when it joined."""
         shares, chains = [], []
         for row in rows:
             share, chain = model.of(row.request)
@@ -375,6 +399,9 @@ class _View:
                 chain = [chain[most]] * len(chain)
             elif most < DEEPEST:
                 chain = chain[:most] + [chain[most]] * (len(chain) - most)
+            elif (asked := asked_of[row.request]) < _LONG:
+                # The round that ends a request gives it half of its tokens on average.
+                chain = [n * asked / (asked + 0.5 * (n - 1.0)) for n in chain]
             shares.append(share)
             chains.append(chain)
         tokens = [sum(at) for at in zip(*chains, strict=True)]

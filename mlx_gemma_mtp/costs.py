@@ -23,6 +23,7 @@ _MOVED = 0.01  # added when a table is carried over to other rows or another con
 _AGE, _AGE_UNSEEN, _OLD = 5e-6, 2e-5, 0.02  # added in each round, and up to where
 _DOUBTFUL = 0.023  # more than age makes of it: it was carried over twice, or once after long disuse
 _LEVEL_AGE = 1e-4
+_WINDOW, _RELATED, _FOLLOW = 16.0, 0.3, 0.3
 _USUAL, _RAISED = 0.002, 1.15  # what a round says of the usual level, and how far above it counts
 _CLAMP = 0.25  # of a round's expected seconds: what one sample may say at most
 _STREAK = 8  # rounds of one depth after which a change is the machine's
@@ -199,6 +200,9 @@ class CostModel:
     def __init__(self, facts: CostFacts | None = None) -> None:
         self.facts = CostFacts() if facts is None else facts
         self.level, self._level_variance, self._usual = 1.0, math.inf, 1.0
+        self._drift = _Drift()
+        self.stored = False
+        """Whether it started from what was measured before."""
         self._tables: dict[tuple[int, int], Table] = {}
 
     @property
@@ -242,8 +246,8 @@ class CostModel:
             # The prior has no unit: the first round gives it one.
             self.level = self._usual = seconds / table.seconds(*shape)
             self._level_variance = 0.05
-        self._level_variance += _LEVEL_AGE
         expected = self.level * table.seconds(*shape)
+        self._level_variance += _LEVEL_AGE + self._drift.variance(seconds / expected - 1.0)
         residual = min(max(seconds - expected, -_CLAMP * expected), _CLAMP * expected)
         if not table.known(verified):
             # A guess may be far off: clamped as usual, it would take many rounds to leave.
@@ -266,7 +270,7 @@ class CostModel:
 
         For a model that has observed nothing.
         """
-        self.level, self._level_variance, self._usual = 1.0, _STORED, 1.0
+        self.level, self._level_variance, self._usual, self.stored = 1.0, _STORED, 1.0, True
         table = self.table(rows, context)
         table.step, table.step_variance = step, _STORED
         table.target = [max(seconds - k * step, 0.1 * seconds) for k, seconds in enumerate(steady)]
@@ -283,7 +287,7 @@ class CostModel:
         """The model that was dumped. Raises KeyError, TypeError or ValueError where `data` is something else."""
         model = cls(CostFacts(**data["facts"]))
         model.level = model._usual = float(data["level"])
-        model._level_variance = 0.01
+        model._level_variance, model.stored = 0.01, True
         for entry in data["tables"]:
             table = Table(model.facts, int(entry["rows"]), context_bucket(int(entry["context"])))
             table.target = [None if s is None else float(s) for s in entry["target"]]
@@ -294,6 +298,21 @@ class CostModel:
                 raise ValueError(f"target has {len(table.target)} depths, expected {DEEPEST + 1}")
             model._tables[table.rows, table.bucket] = table
         return model
+
+
+class _Drift:
+    """How fast the level moves: it does where rounds miss what is expected of them the same way, one after another."""
+
+    def __init__(self) -> None:
+        self._last = self._square = self._product = 0.0
+
+    def variance(self, residual: float) -> float:
+        """What the last rounds, of which this one was off by `residual` (relative), add to the level's variance."""
+        residual = min(max(residual, -_CLAMP), _CLAMP)
+        self._square += (residual * residual - self._square) / _WINDOW
+        self._product += (residual * self._last - self._product) / _WINDOW
+        self._last = residual
+        return _FOLLOW * max(self._product - _RELATED * self._square, 0.0)
 
 
 def _distance(a: tuple[int, int], b: tuple[int, int]) -> float:

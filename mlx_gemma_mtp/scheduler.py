@@ -496,7 +496,7 @@ class Scheduler:
     def _state(self, job: Job, *, certain: int = 1) -> RowState:
         # Until these drafts are verified, `certain` tokens at least are given out: they may be all that is asked for.
         left = job.request.max_tokens - job.stats.tokens - certain
-        return RowState(request=job.id, cap=min(MAX_DEPTH, max(left - 1, 0)), fixed=job.request.depth)
+        return RowState(request=job.id, cap=max(left - 1, 0), fixed=job.request.depth)
 
     def _context(self) -> int:
         """Mean number of tokens that the living rows hold."""

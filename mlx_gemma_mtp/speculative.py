@@ -27,7 +27,7 @@ Choose = Callable[[mx.array, "mx.array | None"], mx.array]
 _COMPILED = 96
 """Most compiled functions kept: each holds some megabytes, more in deep models."""
 
-_RARE = 4
+_RARE = 8
 """Changes between two depths that are done by other functions, before they get one of their own."""
 
 MAX_DEPTH = 8

@@ -116,7 +116,7 @@ class World:
                 for row in range(self.rows):
                     policy.forget((generation - 1) * self.rows + row)
             ids = [generation * self.rows + row for row in range(self.rows)]
-            states = [RowState(request=i, cap=8) for i in ids]
+            states = [RowState(request=i, cap=1000) for i in ids]
             depths = policy.plan(
                 states, width=self.rows, context=self._context(t), compiled=lambda k: not self.trace or (k, k) in seen
             )
@@ -153,7 +153,7 @@ class World:
         if not self.trace or (block, depth) in seen or (block > depth and (deeper, deeper) not in seen):
             return block, depth
         wanted[block, depth] += 1
-        return (block, depth) if wanted[block, depth] > 4 else (deeper, deeper)
+        return (block, depth) if wanted[block, depth] > 8 else (deeper, deeper)
 
     def _outcome(self, request: int, row: int, block: int, t: int, draw: random.Random) -> RowOutcome:
         accepted, rates = 0, self.rates(row, t)

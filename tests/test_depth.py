@@ -178,8 +178,8 @@ class Book:
 def test_rows_that_ask_for_a_depth_get_it_and_the_others_share_the_block() -> None:
     clock = Clock()
     book = Book(AdaptiveDepth(clock=clock), clock)
-    states = [RowState(request=0, cap=8, fixed=5), RowState(request=1, cap=8), RowState(request=2, cap=0)]
-    states.append(RowState(request=3, cap=8, fixed=0))
+    states = [RowState(request=0, cap=1000, fixed=5), RowState(request=1, cap=1000), RowState(request=2, cap=0)]
+    states.append(RowState(request=3, cap=1000, fixed=0))
     for _ in range(30):
         depths = book.round(states, flat, 8)
         assert (depths[0], depths[2], depths[3]) == (5, 0, 0)
@@ -189,11 +189,11 @@ def test_rows_that_ask_for_a_depth_get_it_and_the_others_share_the_block() -> No
 def test_a_row_that_joins_does_not_change_the_running_blocks() -> None:
     clock = Clock()
     policy = AdaptiveDepth(clock=clock)
-    book, old = Book(policy, clock), [RowState(request=0, cap=8)]
+    book, old = Book(policy, clock), [RowState(request=0, cap=1000)]
     for _ in range(60):
         running = book.round(old, flat, 8)[0]
     assert running > 3
-    assert policy.plan([RowState(request=1, cap=8)], width=1, context=5000, compiled=_all) == [running]
+    assert policy.plan([RowState(request=1, cap=1000)], width=1, context=5000, compiled=_all) == [running]
 
 
 def test_parking_is_explained() -> None:
@@ -202,7 +202,7 @@ def test_parking_is_explained() -> None:
     assert policy.describe().reason == "nothing was decoded yet"
     book = Book(policy, clock)
     for _ in range(300):
-        book.round([RowState(request=0, cap=8)], linear, 0)
+        book.round([RowState(request=0, cap=1000)], linear, 0)
     choice = policy.describe()
     assert choice.depth == 0
     assert choice.reason.startswith("parked: verify(2) costs 1.")
@@ -256,7 +256,7 @@ def test_ended_requests_leave_nothing_behind() -> None:
     """A request may be told of after it was forgotten."""
     clock = Clock()
     policy = AdaptiveDepth(clock=clock)
-    policy.plan([RowState(request=7, cap=8)], width=1, context=10, compiled=_all)
+    policy.plan([RowState(request=7, cap=1000)], width=1, context=10, compiled=_all)
     policy.begin()
     policy.forget(7)
     policy.observe(
