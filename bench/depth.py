@@ -40,30 +40,30 @@ from mlx_gemma_mtp.speculative import Choose, DrafterModel
 from mlx_gemma_mtp.views import HeldView
 
 Arm = int | str
-LENGTH, ROOM = 40, 496  # tokens of the random pair's first prompt, and that its rows hold without growing
+LENGTH, TEXTS = 40, 8  # tokens of the random pair's prompts, and how many there are
 
 
 class Scripted:
-    """A drafter that does a real one's work and guesses from a script: `tokens` by position, each right or wrong."""
+    """A drafter that does a real one's work and guesses from a script: the next tokens of `texts`, right or wrong."""
 
-    def __init__(self, real: DrafterModel, tokens: Sequence[int], acceptance: float, vocab_size: int) -> None:
+    def __init__(self, real: DrafterModel, texts: Sequence[Sequence[int]], acceptance: float, vocab_size: int) -> None:
         draw, self._real = random.Random(0), real
-        rows, length = 8, len(tokens) + 16
-        right = [[draw.random() < acceptance for _ in range(length)] for _ in range(rows)]
-        known = [*tokens, *[0] * 16]
-        self._guesses = mx.array(
-            [[t if ok else (t + 1) % vocab_size for t, ok in zip(known, r, strict=True)] for r in right]
-        )
+        rows, length = 8, len(texts[0]) + 16
+        right = [[[draw.random() < acceptance for _ in range(length)] for _ in range(rows)] for _ in texts]
+        # Which text a row continues is told by the token that it is at.
+        self._known = mx.array([[*text, *[0] * 16] for text in texts])
+        self._guesses = mx.where(mx.array(right), self._known[:, None], (self._known[:, None] + 1) % vocab_size)
         # The probability that it claims for its guess is the one that it has.
         self._logit = mx.log(mx.array(acceptance * (vocab_size - 1) / (1 - acceptance)))
-        mx.eval(self._guesses, self._logit)
+        mx.eval(self._known, self._guesses, self._logit)
 
     def draft(self, token: mx.array, hidden: mx.array, view: HeldView, depth: int, choose: Choose) -> mx.array:
         """See `speculative.DrafterModel`."""
         rows, steps = mx.arange(token.shape[0]), iter(range(depth))
+        text = mx.argmax(self._known[:, view.lengths] == token[None], axis=0)
 
         def scripted(scores: mx.array, ids: mx.array | None) -> mx.array:
-            guess = self._guesses[rows, view.lengths + 1 + next(steps)]
+            guess = self._guesses[text, rows, view.lengths + 1 + next(steps)]
             likely = mx.where(mx.arange(scores.shape[-1])[None] == guess[:, None], self._logit, 0.0)
             return choose(likely + 0.0 * scores, None)
 
@@ -71,19 +71,17 @@ class Scripted:
 
 
 def random_pair(acceptance: float, new: int) -> tuple[Runtime, list[list[int]]]:
-    """The random pair, and prompts that are so many beginnings of the text that its script is of.
-
-    Each is continued with other right and wrong guesses: which depth ends a request with a full block is luck.
-    """
+    """The random pair, and prompts of texts that its script knows: with one alone, its luck would choose the depth."""
     with pairs.random_pair(pairs.SHAPE_60M) as path:
         runtime = Runtime(load_pair(str(path), dtype="float32"))
-    prompt = [random.Random(7).randrange(5, runtime.config.vocab_size) for _ in range(LENGTH)]
-    count = max((ROOM - LENGTH) // new, 1)
-    plain = runtime.generate(prompt, max_tokens=count * new + 9, depth=0, ignore_eos=True).tokens
+    draw, vocab_size = random.Random(7), runtime.config.vocab_size
+    prompts = [[draw.randrange(5, vocab_size) for _ in range(LENGTH)] for _ in range(TEXTS)]
+    plain = [runtime.generate(p, max_tokens=new + 9, depth=0, ignore_eos=True).tokens for p in prompts]
     real = runtime._speculator.drafter
     assert real is not None
-    runtime._speculator.drafter = Scripted(real, prompt + plain, acceptance, runtime.config.vocab_size)
-    return runtime, [prompt + plain[: i * new] for i in range(count)]
+    texts = [p + t for p, t in zip(prompts, plain, strict=True)]
+    runtime._speculator.drafter = Scripted(real, texts, acceptance, vocab_size)
+    return runtime, prompts
 
 
 class Watched(AdaptiveDepth):

@@ -103,9 +103,12 @@ class AcceptanceModel:
         """
         tried = min(offered, accepted + 1, POSITIONS)
         if tried > 0:
-            tried_before, kept_before = self._told.setdefault(request, ([0] * POSITIONS, [0] * POSITIONS))
-            tried_before[tried - 1] += 1
-            kept_before[min(accepted, tried) - 1] += accepted > 0
+            told = self._told.get(request)
+            if told is None:
+                told = self._told[request] = [0] * POSITIONS, [0] * POSITIONS
+            told[0][tried - 1] += 1
+            if accepted:
+                told[1][min(accepted, tried) - 1] += 1
 
     def tick(self, rounds: int = 1) -> None:
         """So many rounds are over: the rates take them in, and what they told nothing of grows older."""

@@ -181,6 +181,10 @@ class AdaptiveDepth:
         if not self._running:
             self._learn()
 
+    def abort(self) -> None:
+        """See `DepthPolicy`."""
+        self._rounds.clear()
+
     def describe(self) -> DepthChoice:
         """What is chosen now, and why."""
         if self._view is None:
@@ -328,13 +332,17 @@ class AdaptiveDepth:
             return _Trial(table, _OPENING, _OPENING_ROUNDS)
         deepest = max(k for k in range(DEEPEST + 1) if table.known(k))
         due = [k for k in view.depths if 0 < k <= deepest + _REACH and k != current and place.due[k] <= place.rounds]
-        hopes, offers = view.hopes(self._acceptance) if due else [], []
-        for k in due:
-            if hopes[k] > _GAIN * rate:
-                rounds = 1 if table.known(k) else _TRIAL
-                loss = self._loss(view, table, compiled, current, k, rounds)
-                value = (hopes[k] / rate - _GAIN) / (max(loss, 0.0) + 0.1 * view.seconds[current])
-                offers.append((value, loss, k, rounds))
+        # A deeper round does for the change to a shallower depth and back, and then tells nothing of it.
+        lasting = [1 if k > current or (current, k) in table.seen else 2 for k in range(DEEPEST + 1)]
+        lasting = [n if table.known(k) else _TRIAL for k, n in enumerate(lasting)]
+        losses = {k: self._loss(view, table, compiled, current, k, lasting[k]) for k in due}
+        offers = []
+        if any(loss <= self._memory.purse for loss in losses.values()):
+            hopes = view.hopes(self._acceptance)
+            for k, loss in losses.items():
+                if hopes[k] > _GAIN * rate:
+                    value = (hopes[k] / rate - _GAIN) / (max(loss, 0.0) + 0.1 * view.seconds[current])
+                    offers.append((value, loss, k, lasting[k]))
         offers.sort(reverse=True)
         if current == 0 and self._acceptance.stale and (not offers or offers[0][1] > self._memory.purse):
             # Few drafts tell whether the text has changed, at the least cost, though it may not pay itself.

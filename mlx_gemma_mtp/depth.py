@@ -89,7 +89,10 @@ class DepthPolicy(Protocol):
         """The oldest round begun and not observed is over."""
 
     def forget(self, request: int) -> None:
-        """A request has ended."""
+        """A request has ended, or is taken out."""
+
+    def abort(self) -> None:
+        """Rounds begun and not observed have failed: none of them will be."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,9 @@ class FixedDepth:
 
     def forget(self, request: int) -> None:
         """Nothing to forget."""
+
+    def abort(self) -> None:
+        """Nothing to note."""
 
     def describe(self) -> DepthChoice:
         """What was asked for."""

@@ -87,4 +87,4 @@ def _shared(chain: list[Timed]) -> list[Timed]:
             return [replace(t, fair=False) for t in chain]
         mean = sum(t.seconds for t in chain) / len(chain)
         return [replace(t, seconds=mean) for t in chain]
-    return [replace(t, fair=t.behind == t.ahead) for t in chain]
+    return [t if t.behind == t.ahead else replace(t, fair=False) for t in chain]

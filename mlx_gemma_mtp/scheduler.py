@@ -261,6 +261,7 @@ class Scheduler:
             self._cache, self._rows, self._block = KVCache(self._speculator.spec), [], None
             self._ahead, self._closing = None, []
             self._resample()
+            self._depth.abort()
         self._at_risk, self._batch_at_risk = [], False
         for job in lost:
             if job in self._admission.started:
@@ -478,6 +479,7 @@ class Scheduler:
             self._admission.keep(job, self._cache, row, self._cache.lengths[row])
             self._cache.close_row(row)
             self._rows[row] = None
+            self._depth.forget(job.id)
             self._shrink()
         job.cache, job.tokens = None, as_tokens([*job.request.prompt, *job.output])
 

@@ -52,6 +52,8 @@ class CacheSpec:
 _MAX_SCORES = 1 << 24
 """Most attention scores held at once, 32 MB in bfloat16, but for blocks of few queries: they read each key once."""
 _FEW_QUERIES = 32
+_QUICK_QUERIES = 8
+"""Queries of a group, all heads of it together, from which on a CPU makes scores the other way round."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array
     # The heads of a group as rows of one product: each key is read once, where the generic fallback repeats it.
     batch, heads, length, dim = q.shape
     groups = k.shape[1]
-    scores = q.reshape(batch, groups, -1, dim) @ k.swapaxes(-1, -2)
+    scores = _scores(q.reshape(batch, groups, -1, dim), k)
     least = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
     if length == 1:
         weights = mx.softmax(mx.where(mask, scores, least), axis=-1, precise=True)
@@ -90,6 +92,14 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array
         scores = mx.where(mask[:, :, None], scores.reshape(batch, groups, heads // groups, length, -1), least)
         weights = mx.softmax(scores, axis=-1, precise=True).reshape(batch, groups, -1, k.shape[2])
     return (weights @ v).reshape(batch, heads, length, dim)
+
+
+def _scores(q: mx.array, k: mx.array) -> mx.array:
+    """q @ k.T of each group: q (B, G, N, D), k (B, G, S, D); returns (B, G, N, S)."""
+    if q.shape[2] < _QUICK_QUERIES or mx.default_device().type != mx.cpu:
+        return q @ k.swapaxes(-1, -2)
+    # The BLAS that MLX has on Linux is quicker where neither side is transposed (bench/NOTES.md); the sums are the same.
+    return (k @ mx.contiguous(q.swapaxes(-1, -2))).swapaxes(-1, -2)
 
 
 def _write(buffer: mx.array, index: mx.array, x: mx.array) -> mx.array:

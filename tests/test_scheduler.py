@@ -365,6 +365,10 @@ class _Noting(FixedDepth):
 
     outcomes: list[RowOutcome] = field(default_factory=list)
     forgotten: list[int] = field(default_factory=list)
+    aborted: list[bool] = field(default_factory=list)
+
+    def abort(self) -> None:
+        self.aborted.append(True)
 
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
         self.outcomes.extend(outcomes)
@@ -409,13 +413,15 @@ def test_the_policy_forgets_every_request_that_is_over() -> None:
     assert scheduler.cancel(1)
     assert 1 not in scheduler
     _drain(scheduler, {}, {})
-    assert sorted(policy.forgotten) == [0, 1, 2, 3, 4]
+    assert policy.forgotten.count(1) == 2, "when it was taken out, and when it was over"
+    assert sorted(set(policy.forgotten)) == [0, 1, 2, 3, 4]
     lost, _ = scheduler.add(Request(prompt=[1], max_tokens=30))
     scheduler.step()
     with patch.object(scheduler._speculator, "land", side_effect=RuntimeError), pytest.raises(RuntimeError):
         scheduler.step()
     assert scheduler.abort() == [lost]
     assert policy.forgotten[-1] == lost
+    assert policy.aborted == [True]
 
 
 class _Scripted(FixedDepth):
@@ -451,14 +457,15 @@ def test_a_rare_change_of_depth_compiles_nothing_of_its_own(pipelined: str) -> N
 
 
 def test_a_change_of_depth_that_comes_often_is_compiled() -> None:
-    policy = _Scripted(*[0, 3] * 10)
+    often = 2 * speculative._RARE
+    policy = _Scripted(*[0, 3] * (often + 2))
     scheduler = _scheduler(compiled=1, policy=policy)
     got: dict[int, list[int]] = {}
-    number, _ = scheduler.add(Request(prompt=[1, 2, 3], max_tokens=60))
+    number, _ = scheduler.add(Request(prompt=[1, 2, 3], max_tokens=120))
     _drain(scheduler, got, {})
-    assert got[number] == expected([1, 2, 3], 60)
-    assert (3, 3) in policy.shapes[:8]
-    assert set(policy.shapes[12:18]) == {(0, 3), (3, 0)}
+    assert got[number] == expected([1, 2, 3], 120)
+    assert (3, 3) in policy.shapes[:often]
+    assert set(policy.shapes[often + 4 : often + 10]) == {(0, 3), (3, 0)}
 
 
 @pytest.mark.parametrize(
