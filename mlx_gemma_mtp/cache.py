@@ -16,8 +16,7 @@ import mlx.core as mx
 from .views import BlockView, CacheArrays, CacheSpec, HeldView, Layout
 
 _ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-# A CPU computes masked keys, too, which Metal's attention skips for few queries; each step is shapes to compile.
-_STEP = 256 if mx.default_device().type == mx.cpu else 512
+_STEP = 512
 
 
 def row_bucket(rows: int) -> int:
@@ -26,7 +25,7 @@ def row_bucket(rows: int) -> int:
 
 
 def capacity_step(length: int) -> int:
-    """Capacity, in positions, of a buffer without window for `length`: steps of `_STEP`, later of a quarter octave."""
+    """Capacity, in positions, of a buffer without window for `length`: steps of 512, later of a quarter octave."""
     step = max(_STEP, 1 << max(0, (length - 1).bit_length() - 3))
     return -(-max(length, 1) // step) * step
 

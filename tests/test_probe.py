@@ -8,7 +8,6 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_gemma_mtp import cache
 from mlx_gemma_mtp.loading import Loaded, load_pair
 from mlx_gemma_mtp.probe import ProbeResult, Width, Widths, cache_folder, cached_probe, environment, fingerprint, probe
 from mlx_gemma_mtp.views import CacheSpec, KVView
@@ -35,12 +34,6 @@ class Rounding(FakeTarget):
         if 2 < self.block < 9 and self.batch >= self.rows:
             logits[:, 2, 7] = logits[:, 2, 7] + self.gap
         return logits
-
-
-@pytest.fixture(autouse=True)
-def _capacities(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a GPU, whatever runs the tests."""
-    monkeypatch.setattr(cache, "_STEP", 512)
 
 
 def demo_spec(loaded: Loaded) -> CacheSpec:
