@@ -9,15 +9,15 @@ share of the time spent decoding, compilations included, and ever more rarely wh
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .acceptance import AcceptanceModel, Predictability, committed
+from .acceptance import AcceptanceModel, Predictability
 from .costs import DEEPEST, CostModel, Table
 from .depth import DepthChoice, FixedDepth, RoundShape, RowOutcome, RowState
+from .depth_view import DEPTHS, View
 from .round_clock import RoundClock, Timed
 
-_DEPTHS = (0, 1, 2, 3, 4, 5, 6, 8)  # few, as each is a shape to compile
 _EVERY, _SELDOM = 4, 8  # rounds from one choice to the next, and at most: doubling while nothing changes,
 _MANY = 4  # rows, whose rates take longer to look at: from so many on both are twice as many
 _HARDLY_EVER = 32  # and where no text could change anything
@@ -29,8 +29,6 @@ _MUCH, _CLEARLY = 1.03, 1.25  # better by so much, other depths may be worth try
 _PLAIN_AGAIN = 64  # rounds of drafting after which plain decoding is measured again, times the square of the gain,
 _PLAIN_LATEST, _PLAIN_LEVEL = 512, 1.3  # but so many at most, and at once when the level has moved so far since
 _PLAIN_SAMPLES, _PLAIN_SOON = 8, 16  # its samples until then, and rounds while there are fewer
-_OPTIMISM = 0.9  # standard errors
-_BEST, _FAR = 0.98, 0.9  # acceptance that may be hoped for; a rate that is not worth hoping for
 _SHARE = 0.004  # of the time spent, for trying other depths
 _FIRST_SHARE, _FIRST_ROUNDS = 0.025, 300  # and of the first rounds,
 _FIRST_OF_RATES = 130  # which are fewer where the costs are known and only the texts are not
@@ -43,7 +41,6 @@ _TRIAL = 3  # rounds at a depth never measured, besides those that compile
 _REACH = 3  # drafts beyond the deepest ever measured that a trial may go
 _CUT, _UNCUT = 0.2, 0.12  # worth of a draft from which blocks are cut, and below which they no longer are
 _WAIT, _LONGEST_WAIT = 4, 256  # rounds from one trial of a depth to its next: doubling
-_LONG = 1000  # tokens from which on a request's last round doesn't count
 _NEWS_WAIT = 16  # rounds after which a new request may be tried for
 
 
@@ -105,7 +102,7 @@ class AdaptiveDepth:
         self._rival = 0
         self._table: Table | None = None
         self._place_before: _Place | None = None
-        self._view: _View | None = None
+        self._view: View | None = None
 
     @property
     def min_chain(self) -> float:
@@ -230,7 +227,7 @@ class AdaptiveDepth:
         if not fresh and (most < DEEPEST or (not (moved or self._news) and self._wait > 0)):
             return max(self._chosen, least)
         self._learn()
-        if not any(table.target[k] is not None for k in _DEPTHS):
+        if not any(table.target[k] is not None for k in DEPTHS):
             return least
         return self._choose(rows, table, compiled, least, fresh=fresh, moved=moved, most=most)
 
@@ -246,7 +243,7 @@ class AdaptiveDepth:
         most: int,
     ) -> int:
         """The depth of the best rate, or that of a trial."""
-        view = self._view = _View.of(rows, table, self._acceptance, self._costs.level, least, self._running)
+        view = self._view = View.of(rows, table, self._acceptance, self._costs.level, least, self._running)
         place = self._place(table, view, compiled, fresh=fresh)
         changed = place.depth == 0 and self._predictability.changed()
         news = self._news
@@ -282,15 +279,15 @@ class AdaptiveDepth:
         self._every = self._wait = min(2 * self._every, seldom) if settled else twice * _EVERY
         return current if self._trial is None else self._trial.depth
 
-    def _cuts(self, view: _View, depth: int) -> bool:
+    def _cuts(self, view: View, depth: int) -> bool:
         """Whether blocks are cut: where a draft more is dear, and the shapes of short blocks soon pay."""
         dear = view.worth(depth) >= (_UNCUT if self._cut else _CUT)
         return dear and self._memory.trace <= (0.7 if self._cut else 0.35) * view.seconds[depth]
 
-    def _place(self, table: Table, view: _View, compiled: Callable[[int], bool], *, fresh: bool) -> _Place:
+    def _place(self, table: Table, view: View, compiled: Callable[[int], bool], *, fresh: bool) -> _Place:
         """What is chosen for a table: at first the best of the depths well known here, if possible a compiled one."""
         if table not in self._places:
-            known = [k for k in _DEPTHS if table.known(k)]
+            known = [k for k in DEPTHS if table.known(k)]
             known = [k for k in known if table.measured(k) or (k == self._chosen and not fresh)] or known
             start = max([k for k in known if compiled(k)] or known, key=view.rates.__getitem__)
             # Costs were carried over, too: plain decoding was measured where they come from.
@@ -299,7 +296,7 @@ class AdaptiveDepth:
         return self._places[table]
 
     def _next_trial(
-        self, view: _View, table: Table, compiled: Callable[[int], bool], place: _Place, current: int
+        self, view: View, table: Table, compiled: Callable[[int], bool], place: _Place, current: int
     ) -> _Trial | None:
         """Another depth that may well be better, if it can be paid for."""
         rate = view.rates[current]
@@ -357,7 +354,7 @@ class AdaptiveDepth:
         return _Trial(table, k, rounds)
 
     def _loss(
-        self, view: _View, table: Table, compiled: Callable[[int], bool], current: int, k: int, rounds: int
+        self, view: View, table: Table, compiled: Callable[[int], bool], current: int, k: int, rounds: int
     ) -> float:
         """Seconds that some rounds of another depth are expected to lose, compilations included."""
         lost = rounds * max(view.seconds[k] - view.tokens[k] / view.rates[current], 0.0)
@@ -370,113 +367,6 @@ class AdaptiveDepth:
         """Seconds to compile what a change of depth brings, and staying would not."""
         more = (not compiled(after)) - (not compiled(before))
         return max(more, 0) * self._memory.trace
-
-
-@dataclass(kw_only=True)
-class _View:
-    """What is known before a round: for each depth, the batch's expected tokens, its seconds and their ratio."""
-
-    requests: list[int]
-    rows: int
-    depths: list[int]
-    tokens: list[float]
-    seconds: list[float]
-    rates: list[float]
-    table: Table
-    level: float
-    least: int
-    acceptance: list[float]
-    depth: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        rows: Sequence[RowState],
-        table: Table,
-        model: AcceptanceModel,
-        level: float,
-        least: int,
-        asked_of: Mapping[int, int],
-    ) -> _View:
-        """Of the batch `rows`; `asked_of`: drafts that could be of use to each when it joined."""
-        shares, chains = [], []
-        for row in rows:
-            share, chain = model.of(row.request)
-            most = row.cap if row.fixed is None else min(row.fixed, row.cap)
-            if row.fixed is not None:
-                chain = [chain[most]] * len(chain)
-            elif most < DEEPEST:
-                chain = chain[:most] + [chain[most]] * (len(chain) - most)
-            elif (asked := asked_of[row.request]) < _LONG:
-                # The round that ends a request gives it half of its tokens on average.
-                chain = [n * asked / (asked + 0.5 * (n - 1.0)) for n in chain]
-            shares.append(share)
-            chains.append(chain)
-        tokens = [sum(at) for at in zip(*chains, strict=True)]
-        seconds = [level * s for s in table.steady()]
-        return cls(
-            requests=[r.request for r in rows],
-            rows=len(rows),
-            depths=[k for k in range(least, DEEPEST + 1) if k in _DEPTHS or k == least],
-            tokens=tokens,
-            seconds=seconds,
-            rates=[t / s for t, s in zip(tokens, seconds, strict=True)],
-            table=table,
-            level=level,
-            least=least,
-            acceptance=[sum(at) / len(rows) for at in zip(*shares, strict=True)],
-        )
-
-    def hopes(self, model: AcceptanceModel) -> list[float]:
-        """Rates as good as they may well be."""
-        off = model.deviations(self.requests)
-        return self._at([min(a + _OPTIMISM * d, _BEST) for a, d in zip(self.acceptance, off, strict=True)])
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether no acceptance would make any drafts pay, by far."""
-        return max(self._at([_BEST] * DEEPEST)[1:]) <= _FAR * self.rates[0]
-
-    @property
-    def best_hope(self) -> int:
-        """The depth that comes nearest to paying."""
-        return max(self.depths[1:], key=self._at([_BEST] * DEEPEST).__getitem__)
-
-    def _at(self, acceptance: list[float]) -> list[float]:
-        """Rates at another acceptance, and costs as low as they may well be."""
-        hopeful, expected = committed(acceptance), committed(self.acceptance)
-        return [
-            self.tokens[k] * hopeful[k] / expected[k] / (self.level * self.table.least(k, _OPTIMISM))
-            for k in range(DEEPEST + 1)
-        ]
-
-    def worth(self, depth: int) -> float:
-        """What a draft more must be likely to be worth its verification, which other rows share."""
-        if depth < 2:
-            return 0.0  # the first draft is always verified
-        target = self.table.curve()
-        further = self.level * (target[depth] - target[0]) / depth / self.rows
-        return min(further * self.rates[depth], 0.9)
-
-    def describe(self) -> DepthChoice:
-        """The choice in words and figures."""
-        plain, shown = self.seconds[0], self.depth
-        if shown == 0:
-            other = max(_DEPTHS[1:], key=self.rates.__getitem__)
-            cost = self.seconds[other] / plain
-            reason = f"parked: verify({other + 1}) costs {cost:.1f} steps, acceptance {self.acceptance[0]:.2f}"
-        else:
-            gain = self.rates[shown] / self.rates[0]
-            reason = (
-                f"{self.tokens[shown] / self.rows:.1f} tokens for {self.seconds[shown] / plain:.1f} steps: "
-                f"{gain:.2f}x plain, acceptance {self.acceptance[0]:.2f}"
-            )
-        return DepthChoice(
-            depth=shown,
-            reason=reason,
-            acceptance=tuple(round(a, 3) for a in self.acceptance),
-            costs=tuple(round(s / plain, 3) for s in self.seconds),
-        )
 
 
 def parse_depth(depth: int | str, memory: DepthMemory | None = None) -> FixedDepth | AdaptiveDepth:

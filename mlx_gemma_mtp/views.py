@@ -98,7 +98,7 @@ def _scores(q: mx.array, k: mx.array) -> mx.array:
     """q @ k.T of each group: q (B, G, N, D), k (B, G, S, D); returns (B, G, N, S)."""
     if q.shape[2] < _QUICK_QUERIES or mx.default_device().type != mx.cpu:
         return q @ k.swapaxes(-1, -2)
-    # The BLAS that MLX has on Linux is quicker where neither side is transposed (bench/NOTES.md); the sums are the same.
+    # The BLAS that MLX has on Linux is quicker where neither side is transposed: bench/NOTES.md. The sums are the same.
     return (k @ mx.contiguous(q.swapaxes(-1, -2))).swapaxes(-1, -2)
 
 

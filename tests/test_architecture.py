@@ -18,7 +18,7 @@ ROOT = Path(mlx_gemma_mtp.__file__).parent
 LEVELS: dict[str, float] = {
     "config": 0, "request": 0, "json_file": 0, "stats": 0.5, "generation_config": 0.5, "convert.names": 0,
     "views": 1, "sampling": 1, "acceptance": 1, "costs": 1, "cache": 1.5, "prefix": 1.75,
-    "models": 2, "speculative": 2, "depth": 2, "round_clock": 2.2, "adaptive": 2.5,
+    "models": 2, "speculative": 2, "depth": 2, "round_clock": 2.2, "depth_view": 2.2, "adaptive": 2.5,
     "loading": 3, "jobs": 2.5, "admission": 3, "scheduler": 3.5, "probe": 3, "profiles": 3.5, "tune": 3.6,
     "bitwise": 3.5,
     "text": 4, "stops": 4.5, "tool_grammar": 4.5, "tool_calls": 4.6, "constraints": 4.5, "generation": 4.8,
@@ -29,7 +29,7 @@ LEVELS: dict[str, float] = {
     "cli": 8,
 }  # fmt: skip
 WITHOUT_MLX = ("config", "request", "json_file", "stats", "generation_config", "convert.names", "acceptance", "costs",
-               "depth", "round_clock", "adaptive")  # fmt: skip
+               "depth", "round_clock", "depth_view", "adaptive")  # fmt: skip
 # Where every failure has to become an answer: to HTTP, in a terminal, to those who wait for the engine's thread or for
 # a benchmark's process.
 # tokenizers raises plain Exception for a file that it can't read.
