@@ -103,6 +103,7 @@ class AdaptiveDepth:
         self._table: Table | None = None
         self._place_before: _Place | None = None
         self._view: View | None = None
+        self._latest: tuple[Sequence[RowState], Table] | None = None  # what was chosen without a view
 
     @property
     def min_chain(self) -> float:
@@ -184,6 +185,9 @@ class AdaptiveDepth:
 
     def describe(self) -> DepthChoice:
         """What is chosen now, and why."""
+        if self._view is None and self._latest is not None:
+            self._view = self._look(*self._latest)
+            self._view.depth = self._chosen
         if self._view is None:
             return DepthChoice(depth=self._depth, reason="nothing was decoded yet")
         return self._view.describe()
@@ -226,6 +230,13 @@ class AdaptiveDepth:
         self._wait -= 1
         if not fresh and (most < DEEPEST or (not (moved or self._news) and self._wait > 0)):
             return max(self._chosen, least)
+        if fresh and most >= DEEPEST and least == 0 and table in self._places:
+            # Nothing is known of these requests yet: what was chosen last here goes on for some rounds.
+            place = self._places[table]
+            place.renew(_NEWS_WAIT)
+            self._news, self._wait, self._every = False, _EVERY, _EVERY
+            self._chosen, self._view, self._latest = place.depth, None, (rows, table)
+            return self._chosen
         self._learn()
         if not any(table.target[k] is not None for k in DEPTHS):
             return least
@@ -243,7 +254,7 @@ class AdaptiveDepth:
         most: int,
     ) -> int:
         """The depth of the best rate, or that of a trial."""
-        view = self._view = View.of(rows, table, self._acceptance, self._costs.level, least, self._running)
+        view = self._view = self._look(rows, table, least)
         place = self._place(table, view, compiled, fresh=fresh)
         changed = place.depth == 0 and self._predictability.changed()
         news = self._news
@@ -278,6 +289,9 @@ class AdaptiveDepth:
         seldom = _HARDLY_EVER if current == 0 and self._hopeless else twice * _SELDOM
         self._every = self._wait = min(2 * self._every, seldom) if settled else twice * _EVERY
         return current if self._trial is None else self._trial.depth
+
+    def _look(self, rows: Sequence[RowState], table: Table, least: int = 0) -> View:
+        return View.of(rows, table, self._acceptance, self._costs.level, least, self._running)
 
     def _cuts(self, view: View, depth: int) -> bool:
         """Whether blocks are cut: where a draft more is dear, and the shapes of short blocks soon pay."""

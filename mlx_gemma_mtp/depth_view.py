@@ -52,7 +52,7 @@ class View:
                 chain = [chain[most]] * len(chain)
             elif most < DEEPEST:
                 chain = chain[:most] + [chain[most]] * (len(chain) - most)
-            elif (asked := asked_of[row.request]) < _LONG:
+            elif (asked := asked_of.get(row.request, _LONG)) < _LONG:
                 # The round that ends a request gives it half of its tokens on average.
                 chain = [n * asked / (asked + 0.5 * (n - 1.0)) for n in chain]
             shares.append(share)

@@ -28,6 +28,7 @@ from .generation import Generation
 from .handle import Handle, Stream, wake
 from .jobs import Job
 from .request import FinishReason, Request, TokenEvent
+from .residency import wired
 from .scheduler import Scheduler
 from .stats import SpecStats
 from .stops import OutputReader
@@ -274,7 +275,14 @@ class _Loop:
             while not (self._stopping and not self._streams):
                 self._obey(wait=not scheduler.busy)
                 if scheduler.busy:
-                    self._step(scheduler)
+                    self._work(scheduler)
+
+    def _work(self, scheduler: Scheduler) -> None:
+        """Step until nothing is left to do."""
+        with wired():
+            while scheduler.busy:
+                self._step(scheduler)
+                self._obey(wait=False)
 
     def _obey(self, *, wait: bool) -> None:
         """Do what callers asked for; with `wait`, wait until they ask for something."""

@@ -28,6 +28,7 @@ from .prefix import PrefixCache
 from .probe import ProbeResult, Widths, cached_probe, known_probe
 from .profiles import Profile
 from .request import Request, SamplingParams
+from .residency import wired
 from .sampling import Constraint
 from .scheduler import Pipelined, Scheduler
 from .speculative import MAX_DEPTH, Speculator
@@ -532,28 +533,29 @@ class Runtime:
         mx.reset_peak_memory()
         reused = self.prefixes.reused_tokens
         try:
-            while scheduler.busy:
-                prefill, begin = scheduler.next_is_prefill, time.perf_counter()
-                events = scheduler.step()
-                spent = time.perf_counter() - begin
-                timing.peak_memory = mx.get_peak_memory()
-                if any(event.finish_reason is not None for event in events):
-                    timing.depth = policy.describe()
-                timing.reused_tokens = self.prefixes.reused_tokens - reused
-                if prefill:
-                    timing.prefill_seconds += spent
-                else:
-                    timing.decode_seconds += spent
-                for event in events:
-                    filling = fillings[event.request_id]
-                    step = filling.take(event)
-                    if step is None:
-                        continue
-                    if filling.stopped and event.finish_reason is None:
-                        scheduler.cancel(event.request_id)
-                        filling.settle()
-                    timing.decode_tokens += 0 if prefill else len(step.tokens)
-                    yield step
+            with wired():
+                while scheduler.busy:
+                    prefill, begin = scheduler.next_is_prefill, time.perf_counter()
+                    events = scheduler.step()
+                    spent = time.perf_counter() - begin
+                    timing.peak_memory = mx.get_peak_memory()
+                    if any(event.finish_reason is not None for event in events):
+                        timing.depth = policy.describe()
+                    timing.reused_tokens = self.prefixes.reused_tokens - reused
+                    if prefill:
+                        timing.prefill_seconds += spent
+                    else:
+                        timing.decode_seconds += spent
+                    for event in events:
+                        filling = fillings[event.request_id]
+                        step = filling.take(event)
+                        if step is None:
+                            continue
+                        if filling.stopped and event.finish_reason is None:
+                            scheduler.cancel(event.request_id)
+                            filling.settle()
+                        timing.decode_tokens += 0 if prefill else len(step.tokens)
+                        yield step
         finally:
             # A caller who leaves in the middle leaves what was computed to the prefix cache.
             for number in fillings:

@@ -52,6 +52,10 @@ class CacheSpec:
 _MAX_SCORES = 1 << 24
 """Most attention scores held at once, 32 MB in bfloat16, but for blocks of few queries: they read each key once."""
 _FEW_QUERIES = 32
+_VECTOR_ROWS, _VECTOR_QUERIES, _VECTOR_DIM = 32, 8, 256
+"""What Metal's vector kernel takes: queries times the heads of a group, queries, and their size."""
+_LONGEST_BLOCK = 16
+"""Queries of a block of drafts at most; more are a prompt's."""
 _QUICK_QUERIES = 8
 """Queries of a group, all heads of it together, from which on a CPU makes scores the other way round."""
 
@@ -80,7 +84,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array
             mx.eval(parts[-1])
         return mx.concatenate(parts, axis=2)
     if mx.default_device().type == mx.gpu and mx.metal.is_available():
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask)
+        return _fused(q, k, v, mask)
     # The heads of a group as rows of one product: each key is read once, where the generic fallback repeats it.
     batch, heads, length, dim = q.shape
     groups = k.shape[1]
@@ -92,6 +96,21 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array
         scores = mx.where(mask[:, :, None], scores.reshape(batch, groups, heads // groups, length, -1), least)
         weights = mx.softmax(scores, axis=-1, precise=True).reshape(batch, groups, -1, k.shape[2])
     return (weights @ v).reshape(batch, heads, length, dim)
+
+
+def _fused(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array:
+    """MLX's own attention, a block in parts that are small enough for its vector kernel (mlx_small_m.md, D).
+
+    That one gives a query the same bits in whatever company it comes, and skips keys that are masked.
+    """
+    queries = min(max(_VECTOR_ROWS // (q.shape[1] // k.shape[1]), 1), _VECTOR_QUERIES)
+    if not queries < q.shape[2] <= _LONGEST_BLOCK or q.shape[3] > _VECTOR_DIM:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask)
+    parts = []
+    for i in range(0, q.shape[2], queries):
+        some, seen = q[:, :, i : i + queries], mask[:, :, i : i + queries]
+        parts.append(mx.fast.scaled_dot_product_attention(some, k, v, scale=1.0, mask=seen))
+    return mx.concatenate(parts, axis=2)
 
 
 def _scores(q: mx.array, k: mx.array) -> mx.array:

@@ -288,3 +288,18 @@ def test_another_context_has_a_table_of_its_own(seed: int) -> None:
         sum(late.expected(k, t) for t in range(200, 500)) / sum(world.seconds(k, k, 1500 + t) for t in range(200, 500))
         for k in range(9)
     )
+
+
+def test_a_known_table_is_not_looked_at_again_for_a_new_request() -> None:
+    """The depth goes on, and is explained when asked for."""
+    memory, clock = DepthMemory(), Clock()
+    world = World(cost=flat, rates=steady(0.9), rounds=300)
+    world.run(AdaptiveDepth(memory, clock=clock), clock)
+    policy = AdaptiveDepth(memory, clock=clock)
+    book = Book(policy, clock)
+    (depth,) = book.round([RowState(request=0, cap=1000)], flat, 8, context=300)
+    assert depth > 3
+    choice = policy.describe()
+    assert choice.depth == depth
+    assert "acceptance 0." in choice.reason
+    assert book.round([RowState(request=0, cap=1000)], flat, 8, context=300) == [depth]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp import views
 from mlx_gemma_mtp.config import CentroidSpec, DrafterConfig, MoESpec, QuantSpec, RopeSpec
 from mlx_gemma_mtp.models.drafter import CentroidHead
 from mlx_gemma_mtp.models.layers import Rotary
@@ -375,6 +377,31 @@ def test_attention_equals_mlx(
     noise = np.where(hidden[:, None, :, None], 1e4, 0.0)
     changed = attention(q, k + mx.array(noise, mx.float32), v + mx.array(noise, mx.float32), mask)
     assert (np.array(changed) == np.array(found)).all()
+
+
+@pytest.mark.parametrize("share", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("length", [1, 2, 5, 9, 16, 17])
+@pytest.mark.parametrize("dim", [64, 256, 512])
+def test_blocks_are_split_for_the_vector_kernel(share: int, length: int, dim: int) -> None:
+    """As on Metal, with what MLX does here: the parts are the whole, and none is too large."""
+    calls = []
+    whole = mx.fast.scaled_dot_product_attention
+
+    def noted(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array) -> mx.array:
+        calls.append(q.shape[2])
+        return whole(q, k, v, scale=scale, mask=mask)
+
+    q, (k, v) = random(1, 2, 2 * share, length, dim), (random(i, 2, 2, 40, dim) for i in (2, 3))
+    mask = mx.arange(40)[None, None, None] <= (mx.arange(length) + 10)[None, None, :, None]
+    with patch.object(mx.fast, "scaled_dot_product_attention", noted):
+        found = views._fused(q, k, v, mask)
+    close(found, wide(whole(q, k, v, scale=1.0, mask=mask)))
+    assert sum(calls) == length
+    if length <= 16 and dim <= 256:
+        assert max(calls) <= 8
+        assert max(calls) * share <= 32
+    else:
+        assert calls == [length], "a prompt's chunk, or heads that the kernel doesn't take"
 
 
 def test_attention_gives_each_head_its_own_group() -> None:
