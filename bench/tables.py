@@ -155,6 +155,22 @@ def accepted(measured: Record) -> str:
     return "\n".join(markdown_table(rows))
 
 
+def depth(records: Mapping[str, Record]) -> str:
+    """Tokens per second of plain decoding, of the best fixed depth and of auto, by pair and batch."""
+    rows = [["`--depth auto`", "plain", "best fixed depth", "auto", "auto / plain", "auto / best"]]
+    for record in records.values():
+        pair = f"60 M parameters, {record['acceptance']:.1f} accepted" if record["pair"] == "random" else "demo"
+        blas = BLAS["openblas" if record["preload"] else "mlx"]
+        for batch, found in record["batches"].items():
+            speed, best = found["tokens_per_second"], found["best"]
+            cells = [f"{speed['0']:.0f}", f"{speed[str(best)]:.0f} (at {best})", f"{speed['auto']:.0f}"]
+            cells += [f"{found[n]:.2f}" for n in ("auto_over_plain", "auto_over_best")]
+            rows.append([f"{pair}, batch {batch}, {blas}", *cells])
+    return "\n".join(markdown_table(rows))
+
+
+DEPTH = [f"depth-{pair}-{blas}" for pair in ("demo", "random") for blas in ("openblas", "mlx")]
+
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "decode": ("decode", decode),
     "limits": ("limits", limits),
@@ -174,7 +190,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
 def conditions(name: str, record: Record) -> str:
     """The line under a table: where its numbers come from."""
     machine = record["machine"]
-    versions = record.get("versions") or _versions(record)
+    versions = record.get("versions") or ({"mlx": record["mlx"]} if "mlx" in record else _versions(record))
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("mlx", "mlx-lm", "mlx-vlm") if name in versions)
     repeats = f", {record['repeats']} repeats" if "repeats" in record else ""
     where = f"{machine['chip']}, {machine['cores']} cores, {machine['os'].partition('-')[0]}"
@@ -194,8 +210,15 @@ def rendered(text: str, results: Path = RESULTS) -> str:
 
     def one(match: re.Match[str]) -> str:
         name = match["name"]
+        if name == "depth":
+            found = dict(newest(benchmark, results) for benchmark in DEPTH if any(results.glob(f"{benchmark}-[0-9]*")))
+            if not found:
+                return f"{match[1]}Not measured yet: `python bench/depth.py`\n{match[3]}"
+            files = ", ".join(f"`bench/results/{file}`" for file in found)
+            where = conditions("", next(iter(found.values()))).partition(":")[0]
+            return f"{match[1]}{depth(found)}\n\n{where}: {files}\n{match[3]}"
         if name not in TABLES:
-            raise TableError(f"there is no table {name!r}, expected one of {', '.join(TABLES)}")
+            raise TableError(f"there is no table {name!r}, expected one of {', '.join([*TABLES, 'depth'])}")
         benchmark, render = TABLES[name]
         try:
             file, record = newest(benchmark, results)

@@ -41,6 +41,7 @@ _TRIAL = 3  # rounds at a depth never measured, besides those that compile
 _REACH = 3  # drafts beyond the deepest ever measured that a trial may go
 _CUT, _UNCUT = 0.2, 0.12  # worth of a draft from which blocks are cut, and below which they no longer are
 _WAIT, _LONGEST_WAIT = 4, 256  # rounds from one trial of a depth to its next: doubling
+_UNSEEN = 3  # new requests in a row that may begin at the last depth without a look: short ones get no other
 _NEWS_WAIT = 16  # rounds after which a new request may be tried for
 
 
@@ -51,6 +52,8 @@ class _Place:
     depth: int
     level: float  # of the machine when plain decoding was last measured here, or was to be
     rounds: int = 0
+    unseen: int = 0  # requests that began at `depth` without a look, since the last one
+    rival: int = 0  # whether a deeper (1) or a shallower depth (-1) was better in the last choice
     hope: int = _HOPE  # round at which drafts are tried though no acceptance would make them pay
     due: list[int] = field(default_factory=lambda: [0] * (DEEPEST + 1))
     wait: list[int] = field(default_factory=lambda: [_WAIT] * (DEEPEST + 1))
@@ -99,7 +102,6 @@ class AdaptiveDepth:
         self._depth, self._chosen = 0, 0  # of the block planned, and without trials
         self._wait, self._every = 0, _EVERY  # rounds to the next choice, and from the last one to it
         self._news, self._cut, self._hopeless = False, False, False
-        self._rival = 0
         self._table: Table | None = None
         self._place_before: _Place | None = None
         self._view: View | None = None
@@ -202,9 +204,10 @@ class AdaptiveDepth:
         memory.rounds += 1
         first = _FIRST_OF_RATES if memory.costs.stored else _FIRST_ROUNDS
         share = _SHARE if memory.rounds > first else _FIRST_SHARE
-        if shape.verified not in (0, self._chosen) and 2.0 * seconds < expected:
-            memory.purse += expected - seconds  # a trial was paid for, and cost less
         most = _SAVINGS * expected + 4.0 * memory.trace
+        if shape.verified not in (0, self._chosen) and 2.0 * seconds < expected:
+            # A trial was paid for, and cost less.
+            memory.purse = min(memory.purse + expected - seconds, max(most, memory.purse))
         memory.purse = min(memory.purse + share * min(seconds, 3.0 * expected), max(most, memory.purse))
 
     def _next_depth(
@@ -230,9 +233,11 @@ class AdaptiveDepth:
         self._wait -= 1
         if not fresh and (most < DEEPEST or (not (moved or self._news) and self._wait > 0)):
             return max(self._chosen, least)
-        if fresh and most >= DEEPEST and least == 0 and table in self._places:
+        place = self._places.get(table)
+        if fresh and most >= DEEPEST and least == 0 and place is not None and place.unseen < _UNSEEN:
             # Nothing is known of these requests yet: what was chosen last here goes on for some rounds.
-            place = self._places[table]
+            place.unseen += 1
+            place.rounds += self._every - max(self._wait, 0)
             place.renew(_NEWS_WAIT)
             self._news, self._wait, self._every = False, _EVERY, _EVERY
             self._chosen, self._view, self._latest = place.depth, None, (rows, table)
@@ -256,6 +261,7 @@ class AdaptiveDepth:
         """The depth of the best rate, or that of a trial."""
         view = self._view = self._look(rows, table, least)
         place = self._place(table, view, compiled, fresh=fresh)
+        place.unseen = 0
         changed = place.depth == 0 and self._predictability.changed()
         news = self._news
         if news or changed:
@@ -271,11 +277,11 @@ class AdaptiveDepth:
         better = view.rates[best] / view.rates[current] if table.known(current) else _CLEARLY + 1.0
         gain = _GAIN_OVER_PLAIN if current == 0 else _GAIN_OF_PLAIN if best == 0 else _GAIN
         rival = (best > current) - (best < current) if better > gain else 0
-        sure = better > _CLEARLY or fresh or moved or rival == self._rival
-        self._rival = rival
+        sure = better > _CLEARLY or fresh or moved or rival == place.rival
+        place.rival = rival
         saved = (better - 1.0) * min(_HORIZON, 8 * most) * view.seconds[current]
         if rival and sure and saved >= _PAYBACK * self._traces(compiled, current, best):
-            current, self._rival = best, 0
+            current, place.rival = best, 0
             if better > _MUCH:
                 place.renew(16 * _WAIT)
         self._chosen = view.depth = current
@@ -284,7 +290,7 @@ class AdaptiveDepth:
         self._cut = self._cuts(view, current)
         place.rounds += self._every - max(self._wait, 0)
         self._trial = self._next_trial(view, table, compiled, place, current) if most >= DEEPEST and not fresh else None
-        settled = not (fresh or moved or news or changed or self._rival or self._trial)
+        settled = not (fresh or moved or news or changed or place.rival or self._trial)
         twice = 1 if len(rows) < _MANY else 2
         seldom = _HARDLY_EVER if current == 0 and self._hopeless else twice * _SELDOM
         self._every = self._wait = min(2 * self._every, seldom) if settled else twice * _EVERY

@@ -280,7 +280,7 @@ class _Loop:
     def _work(self, scheduler: Scheduler) -> None:
         """Step until nothing is left to do."""
         with wired():
-            while scheduler.busy:
+            while scheduler.busy and not (self._stopping and not self._streams):
                 self._step(scheduler)
                 self._obey(wait=False)
 

@@ -48,6 +48,7 @@ def _leave() -> None:
     with _lock:
         _users -= 1
         if _users == 0:
+            mx.synchronize()  # the limit isn't to change under what is still computed
             _set(_before)
 
 

@@ -532,8 +532,8 @@ class Runtime:
             timing.prompt_tokens += len(request.prompt)
         mx.reset_peak_memory()
         reused = self.prefixes.reused_tokens
-        try:
-            with wired():
+        with wired():
+            try:
                 while scheduler.busy:
                     prefill, begin = scheduler.next_is_prefill, time.perf_counter()
                     events = scheduler.step()
@@ -556,10 +556,10 @@ class Runtime:
                             filling.settle()
                         timing.decode_tokens += 0 if prefill else len(step.tokens)
                         yield step
-        finally:
-            # A caller who leaves in the middle leaves what was computed to the prefix cache.
-            for number in fillings:
-                scheduler.cancel(number)
+            finally:
+                # A caller who leaves in the middle leaves what was computed to the prefix cache.
+                for number in fillings:
+                    scheduler.cancel(number)
 
 
 def cost_facts(loaded: Loaded) -> CostFacts:

@@ -259,6 +259,8 @@ class Scheduler:
         lost = [*self._at_risk, *(filter(None, self._rows) if self._batch_at_risk else ())]
         if self._batch_at_risk:
             self._cache, self._rows, self._block = KVCache(self._speculator.spec), [], None
+            for _, job in self._closing:
+                self._depth.forget(job.id)
             self._ahead, self._closing = None, []
             self._resample()
             self._depth.abort()

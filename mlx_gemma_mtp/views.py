@@ -101,7 +101,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array
 def _fused(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array:
     """MLX's own attention, a block in parts that are small enough for its vector kernel (mlx_small_m.md, D).
 
-    That one gives a query the same bits in whatever company it comes, and skips keys that are masked.
+    That one skips keys that are masked. In one pass it gives a query the same bits in whatever company it comes; with
+    many keys it takes two, which the probe compares as it finds them.
     """
     queries = min(max(_VECTOR_ROWS // (q.shape[1] // k.shape[1]), 1), _VECTOR_QUERIES)
     if not queries < q.shape[2] <= _LONGEST_BLOCK or q.shape[3] > _VECTOR_DIM:

@@ -290,6 +290,33 @@ def test_another_context_has_a_table_of_its_own(seed: int) -> None:
     )
 
 
+@pytest.mark.parametrize("rounds", [4, 7])
+def test_short_requests_still_change_the_depth(rounds: int) -> None:
+    """Texts become unpredictable; each request is over before it was looked at twice, and has a policy of its own."""
+    clock, memory = Clock(), DepthMemory()
+    before = World(cost=experts, rates=steady(0.95), rounds=300)
+    before.run(AdaptiveDepth(memory, clock=clock), clock)
+    short = World(cost=experts, rates=steady(0.1), rounds=rounds)
+    depths = [short.run(AdaptiveDepth(memory, clock=clock), clock, seed=seed).depths for seed in range(60)]
+    assert sum(map(sum, depths[:2])) > 0
+    assert sum(map(sum, depths[40:])) <= 0.1 * 20 * rounds, "parked, but for trials"
+
+
+def test_rounds_that_failed_are_not_timed() -> None:
+    clock, memory = Clock(), DepthMemory()
+    policy = AdaptiveDepth(memory, clock=clock)
+    book, rows = Book(policy, clock), [RowState(request=0, cap=0)]
+    policy.plan(rows, width=1, context=100, compiled=_all)
+    policy.begin()
+    policy.abort()
+    clock.now += 5.0
+    for _ in range(20):
+        book.round(rows, flat, 0)
+        clock.now += 5.0
+    policy.forget(0)
+    assert memory.costs.seconds(1, 0, 0, 100) == pytest.approx(flat(1, 0, 100), rel=0.02)
+
+
 def test_a_known_table_is_not_looked_at_again_for_a_new_request() -> None:
     """The depth goes on, and is explained when asked for."""
     memory, clock = DepthMemory(), Clock()

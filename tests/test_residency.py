@@ -22,11 +22,19 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         asked.append(limit)
         return asked[-2]
 
+    def synchronize() -> None:
+        waited.append(len(asked))
+        really()
+
+    waited, really = list[int](), mx.synchronize
+    monkeypatch.setattr(mx, "synchronize", synchronize)
+
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": LARGE})
     monkeypatch.setattr(mx, "set_wired_limit", set_limit)
     yield asked
     assert asked[-1] == 7
+    assert len(asked) - 1 in waited, "the limit changes when all is computed"
 
 
 def test_the_first_one_wires_and_the_last_one_gives_back(limits: list[int]) -> None:

@@ -424,6 +424,21 @@ def test_the_policy_forgets_every_request_that_is_over() -> None:
     assert policy.aborted == [True]
 
 
+def test_the_policy_forgets_a_row_that_ended_before_the_next_round_failed() -> None:
+    policy = _Noting(0)
+    scheduler = _scheduler(policy=policy, pipelined="all")
+    short, _ = scheduler.add(Request(prompt=[1], max_tokens=6))
+    for n in range(3):
+        scheduler.add(Request(prompt=[1, n], max_tokens=60))
+    while not scheduler._closing:
+        scheduler.step()
+    assert policy.forgotten == []
+    with patch.object(scheduler._speculator, "land", side_effect=RuntimeError), pytest.raises(RuntimeError):
+        scheduler.step()
+    assert short not in scheduler.abort()
+    assert short in policy.forgotten
+
+
 class _Scripted(FixedDepth):
     """Depths by round, the last one going on; notes the rounds' shapes, and whether each plan's depth was compiled."""
 
