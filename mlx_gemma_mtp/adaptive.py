@@ -239,7 +239,8 @@ class AdaptiveDepth:
             place.unseen += 1
             place.rounds += self._every - max(self._wait, 0)
             place.renew(_NEWS_WAIT)
-            self._news, self._wait, self._every = False, _EVERY, _EVERY
+            self._news = False
+            self._wait = self._every = _EVERY * self._slowness(rows)
             self._chosen, self._view, self._latest = place.depth, None, (rows, table)
             return self._chosen
         self._learn()
@@ -291,10 +292,14 @@ class AdaptiveDepth:
         place.rounds += self._every - max(self._wait, 0)
         self._trial = self._next_trial(view, table, compiled, place, current) if most >= DEEPEST and not fresh else None
         settled = not (fresh or moved or news or changed or place.rival or self._trial)
-        twice = 1 if len(rows) < _MANY else 2
-        seldom = _HARDLY_EVER if current == 0 and self._hopeless else twice * _SELDOM
-        self._every = self._wait = min(2 * self._every, seldom) if settled else twice * _EVERY
+        seldom = _HARDLY_EVER if current == 0 and self._hopeless else _SELDOM * self._slowness(rows)
+        self._every = self._wait = min(2 * self._every, seldom) if settled else _EVERY * self._slowness(rows)
         return current if self._trial is None else self._trial.depth
+
+    @staticmethod
+    def _slowness(rows: Sequence[RowState]) -> int:
+        """How many times longer than usual choices wait."""
+        return 1 if len(rows) < _MANY else 2
 
     def _look(self, rows: Sequence[RowState], table: Table, least: int = 0) -> View:
         return View.of(rows, table, self._acceptance, self._costs.level, least, self._running)
