@@ -18,8 +18,7 @@ from .depth import DepthChoice, FixedDepth, RoundShape, RowOutcome, RowState
 from .depth_view import DEPTHS, View
 from .round_clock import RoundClock, Timed
 
-_EVERY, _SELDOM = 4, 8  # rounds from one choice to the next, and at most: doubling while nothing changes,
-_MANY = 4  # rows, whose rates take longer to look at: from so many on both are twice as many
+_EVERY, _SELDOM = 8, 16  # rounds from one choice to the next, and at most: doubling while nothing changes
 _HARDLY_EVER = 32  # and where no text could change anything
 _HOPE = 1024  # rounds after which drafts are tried all the same
 _TOGETHER = 16  # rounds that are taken in at once
@@ -240,7 +239,7 @@ class AdaptiveDepth:
             place.rounds += self._every - max(self._wait, 0)
             place.renew(_NEWS_WAIT)
             self._news = False
-            self._wait = self._every = _EVERY * self._slowness(rows)
+            self._wait = self._every = _EVERY
             self._chosen, self._view, self._latest = place.depth, None, (rows, table)
             return self._chosen
         self._learn()
@@ -292,14 +291,9 @@ class AdaptiveDepth:
         place.rounds += self._every - max(self._wait, 0)
         self._trial = self._next_trial(view, table, compiled, place, current) if most >= DEEPEST and not fresh else None
         settled = not (fresh or moved or news or changed or place.rival or self._trial)
-        seldom = _HARDLY_EVER if current == 0 and self._hopeless else _SELDOM * self._slowness(rows)
-        self._every = self._wait = min(2 * self._every, seldom) if settled else _EVERY * self._slowness(rows)
+        seldom = _HARDLY_EVER if current == 0 and self._hopeless else _SELDOM
+        self._every = self._wait = min(2 * self._every, seldom) if settled else _EVERY
         return current if self._trial is None else self._trial.depth
-
-    @staticmethod
-    def _slowness(rows: Sequence[RowState]) -> int:
-        """How many times longer than usual choices wait."""
-        return 1 if len(rows) < _MANY else 2
 
     def _look(self, rows: Sequence[RowState], table: Table, least: int = 0) -> View:
         return View.of(rows, table, self._acceptance, self._costs.level, least, self._running)
