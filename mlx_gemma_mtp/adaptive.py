@@ -27,7 +27,8 @@ _GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.01  # than plain decoding, and plain 
 _MUCH, _CLEARLY = 1.03, 1.25  # better by so much, other depths may be worth trying, or it is taken at once
 _PLAIN_AGAIN = 64  # rounds of drafting after which plain decoding is measured again, times the square of the gain,
 _PLAIN_LATEST, _PLAIN_LEVEL = 512, 1.3  # but so many at most, and at once when the level has moved so far since
-_PLAIN_SAMPLES, _PLAIN_SOON = 8, 16  # its samples until then, and rounds while there are fewer
+_CHECKS = 6  # of plain decoding that aren't paid for, while it is hardly known
+_PLAIN_SAMPLES, _PLAIN_SOON = 12, 16  # its samples until then, and rounds while there are fewer
 _SHARE = 0.004  # of the time spent, for trying other depths
 _FIRST_SHARE, _FIRST_ROUNDS = 0.025, 300  # and of the first rounds,
 _FIRST_OF_RATES = 130  # which are fewer where the costs are known and only the texts are not
@@ -51,6 +52,7 @@ class _Place:
     depth: int
     level: float  # of the machine when plain decoding was last measured here, or was to be
     rounds: int = 0
+    checks: int = 0  # of plain decoding
     unseen: int = 0  # requests that began at `depth` without a look, since the last one
     rival: int = 0  # whether a deeper (1) or a shallower depth (-1) was better in the last choice
     hope: int = _HOPE  # round at which drafts are tried though no acceptance would make them pay
@@ -333,12 +335,14 @@ class AdaptiveDepth:
             doubtful = table.samples[0] < _PLAIN_SAMPLES or not table.measured(0)
             # The first plain rounds behind others are not launched ahead, which the usual ones may be.
             rounds = 3 if doubtful else 1 if {(current, 0), (0, current)} <= table.seen else 2
-            # By what is known of a level that is over, it might never be worth its price: then it has none.
-            loss = 0.0 if moved else max(self._loss(view, table, compiled, current, 0, rounds), 0.0)
+            # By what is known of a level that is over, or by a profile that is off, it might never be worth its price:
+            # then it has none.
+            free = moved or (doubtful and place.checks < _CHECKS)
+            loss = 0.0 if free else max(self._loss(view, table, compiled, current, 0, rounds), 0.0)
             again = min(int(_PLAIN_AGAIN * (rate / view.rates[0]) ** 2), _PLAIN_LATEST)
             if loss <= self._memory.purse:
                 self._memory.purse -= loss
-                place.level = view.level
+                place.level, place.checks = view.level, place.checks + 1
                 place.due[0] = place.rounds + (min(_PLAIN_SOON, again) if doubtful else again)
                 return _Trial(table, 0, rounds)
             if not doubtful:

@@ -150,6 +150,22 @@ def test_costs_measured_at_a_bad_time_are_not_believed_for_ever() -> None:
     assert sum(run.depths[3000:]) / 1000 > 3
 
 
+def test_a_profile_that_makes_plain_decoding_too_dear_is_soon_corrected() -> None:
+    """By a quarter, so that drafts seem to gain where they lose: plain decoding is looked at early, and not paid for."""
+    costs = (12.5, 28.0, 36.0, 49.0, 76.0, 80.0, 84.0, 130.0, 138.0)
+    world = World(
+        cost=lambda rows, k, context: 1e-3 * costs[k], draft=0.0018, rates=steady(0.97), rows=8, rounds=400,
+        request_rounds=14, trace=0.015,
+    )  # fmt: skip
+    late = []
+    for seed in range(8):
+        profile = CostModel()
+        profile.store(8, 300, [1e-3 * (c * (1.0 if k else 1.25) + 1.8 * k) for k, c in enumerate(costs)], 0.0018)
+        run = _run(world, seed, DepthMemory(profile, rates=[(0.97, 100.0)] * 3))
+        late.append(sum(run.depths[150:]) / 250)
+    assert sum(late) / 8 < 0.3, "mean depth: parked, but for trials"
+
+
 def test_short_requests_learn_from_each_other() -> None:
     memory = DepthMemory()
     world = World(cost=flat, rates=steady(0.8), rounds=64)
