@@ -151,7 +151,7 @@ def test_costs_measured_at_a_bad_time_are_not_believed_for_ever() -> None:
 
 
 def test_a_profile_that_makes_plain_decoding_too_dear_is_soon_corrected() -> None:
-    """By a quarter, so that drafts seem to gain where they lose: plain decoding is looked at early, and not paid for."""
+    """By a quarter, so that drafts seem to gain where they lose: plain decoding is looked at early and at no price."""
     costs = (12.5, 28.0, 36.0, 49.0, 76.0, 80.0, 84.0, 130.0, 138.0)
     world = World(
         cost=lambda rows, k, context: 1e-3 * costs[k], draft=0.0018, rates=steady(0.97), rows=8, rounds=400,
