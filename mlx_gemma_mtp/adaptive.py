@@ -238,6 +238,7 @@ class AdaptiveDepth:
         if fresh and most >= DEEPEST and least == 0 and place is not None and place.unseen < _UNSEEN:
             # Nothing is known of these requests yet: what was chosen last here goes on for some rounds.
             place.unseen += 1
+            self._place_before = place
             place.rounds += self._every - max(self._wait, 0)
             place.renew(_NEWS_WAIT)
             self._news = False
