@@ -1,8 +1,9 @@
 """What rounds cost: seconds by rows, depth and context, learned from measured rounds. Knows no acceptance, no MLX.
 
 A round verifies the block before it and drafts the next, so it costs target(rows, drafts verified, context) plus
-drafted x draft(rows, context). The two shares are learned apart (a scalar Kalman filter with a diagonal covariance),
-together with a level that all share: a machine that gets slower does so at every depth.
+drafted x draft(rows, context). The shares of all depths, the drafter's and a level that all share are learned together
+(a Kalman filter, `joint.py`): a machine that gets slower does so at every depth, which a long run of one depth must not
+be blamed for.
 """
 
 from __future__ import annotations
@@ -13,23 +14,28 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-DEEPEST = 8
+from .joint import Joint
 
-_STORED = 0.0036  # relative variance of a share measured at rest, some rounds each
+DEEPEST = 8
+_STEP = DEEPEST + 1  # of the joint errors, the drafter's
+
+_STORED = 0.0009  # relative variance of a share measured at rest, some rounds each
 _NOISE = 0.01  # relative variance of one round
 _UNKNOWN = 0.09  # of a share never measured
 _UNKNOWN_STEP = 0.25  # of the drafter's share before any round told it
 _MOVED = 0.01  # added when a table is carried over to other rows or another context
-_AGE, _AGE_UNSEEN, _OLD = 5e-6, 2e-5, 0.02  # added in each round, and up to where
+_AGE, _AGING, _OLD = 2e-6, 32, 0.02  # added in each round (taken in at intervals of so many), and up to where
 _DOUBTFUL = 0.023  # more than age makes of it: it was carried over twice, or once after long disuse
 _LEVEL_AGE = 1e-4
 _WINDOW = 16.0  # rounds that tell whether the level moves:
-_RELATED, _FOLLOW = 0.3, 0.3  # correlation of neighbours that noise may have, and what more of it adds
+_RELATED, _FOLLOW = 0.3, 1.0  # correlation of neighbours that noise may have, and what more of it adds
 _USUAL, _RAISED = 0.002, 1.15  # what a round says of the usual level, and how far above it counts
-_CLAMP = 0.25  # of a round's expected seconds: what one sample may say at most
+_CLAMP, _CLAMP_ERRORS, _CLAMP_MOST = 0.25, 2.0, 0.6  # of a round's expected seconds: what one sample may say at most
 _STREAK = 8  # rounds of one depth after which a change is the machine's
 _SURE = 4  # samples after which a cost is taken for what it seems
 _SURPRISES, _LASTING = 2, 6  # clamped samples in a row after which all costs, or one depth's, have changed
+_FIRST_LEVEL = 1e-4  # variance of what the first round is measured by
+_FIRST, _ALIKE, _ALIKE_PLAIN, _BELIED = 3, 3, 2, 8.0  # see `Table._check`
 _ROW_WORK = 0.1  # seconds per further token of a block, beside those of reading the weights once (mlx_small_m.md)
 _FLAT_FROM = 32  # tokens; wider blocks run kernels whose cost grows slowly
 
@@ -70,6 +76,19 @@ def _middle(bucket: int) -> int:
     return 256 if bucket == 0 else 384 << bucket
 
 
+@dataclass
+class _Visit:
+    """The first rounds of a depth after others: by how much they missed, and what the depth's variance was.
+
+    `alike`: visits in a row that missed by more than can be expected, in the same direction (its sign).
+    """
+
+    rounds: int = 0
+    off: float = 0.0
+    variance: float = 0.0
+    alike: int = 0
+
+
 class Table:
     """Costs of one number of rows in one bucket of contexts, in seconds at level 1.
 
@@ -82,13 +101,14 @@ class Table:
         self.rows, self.bucket = rows, bucket
         self.prior = [facts.target(rows, k, context) for k in range(DEEPEST + 1)]
         self.target: list[float | None] = [None] * (DEEPEST + 1)
-        self.variance = [_UNKNOWN] * (DEEPEST + 1)
+        self.joint = Joint([_UNKNOWN] * (DEEPEST + 1) + [_UNKNOWN_STEP])
+        self.faded = 0.0
         self.samples = [0] * (DEEPEST + 1)
         self.step = facts.step(rows, context)
-        self.step_variance = _UNKNOWN_STEP
         self.seen: set[tuple[int, int]] = set()
         self._surprises = [0] * (DEEPEST + 1)
-        self._last, self._streak = 0, 0
+        self._last, self._streak, self._age = 0, 0, 0
+        self._visits = [_Visit() for _ in range(DEEPEST + 1)]
         self._curve: list[float] | None = None
 
     def carry(self, other: Table) -> None:
@@ -96,9 +116,14 @@ class Table:
         for k, seconds in enumerate(other.target):
             if seconds is not None:
                 self.target[k] = seconds * self.prior[k] / other.prior[k]
-                self.variance[k] = min(other.variance[k] + _MOVED, _UNKNOWN)
+                self.joint.reset(k, min(other.variance[k] + _MOVED, _UNKNOWN))
                 self.samples[k] = other.samples[k]
-        self.step_variance = min(other.step_variance + _MOVED, _UNKNOWN_STEP)
+        self.joint.reset(_STEP, min(other.joint.variance(_STEP) + _MOVED, _UNKNOWN_STEP))
+
+    @property
+    def variance(self) -> list[float]:
+        """Relative, of each depth's share."""
+        return [self.joint.variance(k) for k in range(DEEPEST + 1)]
 
     def changed(self) -> None:
         """Shares were set from outside."""
@@ -110,7 +135,7 @@ class Table:
 
     def measured(self, k: int) -> bool:
         """Whether verifying k drafts is known well enough to choose it without another trial."""
-        return self.known(k) and self.variance[k] < _DOUBTFUL
+        return self.known(k) and self.joint.variance(k) < _DOUBTFUL
 
     def curve(self) -> list[float]:
         """Seconds of the target's share for 0, 1, … drafts, at level 1."""
@@ -135,16 +160,18 @@ class Table:
         base = k
         while base and not (self.samples[base] >= _SURE and self.known(base)):
             base -= 1
-        return self.curve()[base] * max(1.0 - errors * math.sqrt(self.variance[base]), 0.3) + k * self.step
+        return self.curve()[base] * max(1.0 - errors * math.sqrt(self.joint.variance(base)), 0.3) + k * self.step
 
     def age(self, verified: int) -> None:
-        """A round is over: what it didn't verify may have changed meanwhile."""
+        """A round is over: what was learned before may have changed meanwhile."""
         self._streak = self._streak + 1 if verified == self._last else 0
         self._last = verified
-        variance = self.variance
-        for k, before in enumerate(variance):
-            if before < _OLD:
-                variance[k] = before + (_AGE if k == verified else _AGE_UNSEEN)
+        self._age += 1
+        if self._age == _AGING:
+            self._age = 0
+            for k in range(DEEPEST + 1):
+                if self.joint.variance(k) < _OLD:
+                    self.joint.grow(k, _AGING * _AGE)
 
     def surprise(self, verified: int, clamped: float, residual: float, *, raised: bool) -> str:
         """Whether costs have changed: "no", "depth" (only this one's) or "all".
@@ -163,25 +190,47 @@ class Table:
             return "all" if raised and sure else "depth"
         return "depth" if count >= (_LASTING if sure else _SURPRISES) else "no"
 
-    def learn(self, verified: int, drafted: int, residual: float, level: float, level_variance: float) -> float:
-        """Share a round's residual (seconds) out by what is least sure; returns the level's relative correction."""
+    def doubt(self, verified: int) -> None:
+        """A depth's share has changed: so have those of other blocks that were measured when it was, and never since."""
+        self.joint.reset(verified, _OLD)
+        alike = [k for k in range(1, DEEPEST + 1) if self.known(k) and self.samples[k] <= _SURE] if verified else []
+        self.joint.grow_together({verified, *alike}, _UNKNOWN)
+
+    def learn(
+        self, verified: int, drafted: int, residual: float, level: float, level_variance: float, noise: float
+    ) -> tuple[float, float, float]:
+        """Share a round's residual (seconds) out by what is least sure: the level's gain, correction and variance."""
         self.samples[verified] += 1
+        if self.target[verified] is None:
+            self.target[verified] = self.curve()[verified]
         expected = self.seconds(verified, drafted)
-        first = expected - drafted * self.step
-        parts = (
-            first**2 * self.variance[verified],
-            (drafted * self.step) ** 2 * self.step_variance,
-            expected**2 * level_variance,
-        )
-        whole = sum(parts) + expected**2 * _NOISE
-        self.target[verified] = max(first + residual / level * parts[0] / whole, 0.1 * first)
-        self.variance[verified] *= 1.0 - parts[0] / whole
+        weights = [(verified, 1.0 - drafted * self.step / expected)]
         if drafted:
-            moved = residual / level * parts[1] / whole / drafted
-            self.step = max(self.step + moved, 0.1 * self.step)
-            self.step_variance *= 1.0 - parts[1] / whole
-        self._curve = None
-        return residual / (level * expected) * parts[2] / whole
+            weights.append((_STEP, drafted * self.step / expected))
+        off = residual / (level * expected)
+        self._check(verified, off, noise)
+        gains, gain, level_variance = self.joint.observe(weights, level_variance, noise)
+        if any(gains):
+            for k, seconds in enumerate(self.target):
+                if seconds is not None:
+                    self.target[k] = seconds * max(1.0 + gains[k] * off, 0.1)
+            self.step *= max(1.0 + gains[_STEP] * off, 0.1)
+            self._curve = None
+        return gain, gain * off, level_variance
+
+    def _check(self, k: int, off: float, noise: float) -> None:
+        """What the first rounds of a depth say each time that it comes is not chance: then it is less known."""
+        visit = self._visits[k]
+        if self._streak == 0:
+            if visit.rounds:
+                error = visit.off / visit.rounds / math.sqrt(visit.variance + noise / visit.rounds)
+                sign = (error > 1.0) - (error < -1.0)
+                visit.alike = visit.alike + sign if visit.alike * sign >= 0 and sign else sign
+                if abs(visit.alike) >= (_ALIKE if k else _ALIKE_PLAIN):
+                    self.joint.grow(k, _BELIED * self.joint.variance(k))
+            visit.rounds, visit.off, visit.variance = 0, 0.0, 2.0 * self.joint.variance(k)
+        if self._streak < _FIRST:
+            visit.rounds, visit.off = visit.rounds + 1, visit.off + off
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -191,7 +240,7 @@ class Table:
             "target": self.target,
             "target_variance": self.variance,
             "draft": self.step,
-            "draft_variance": self.step_variance,
+            "draft_variance": self.joint.variance(_STEP),
         }
 
 
@@ -202,6 +251,7 @@ class CostModel:
         self.facts = CostFacts() if facts is None else facts
         self.level, self._level_variance, self._usual = 1.0, math.inf, 1.0
         self._drift = _Drift()
+        self._faded = 0.0
         self.stored = False
         """Whether it started from what was measured before."""
         self._tables: dict[tuple[int, int], Table] = {}
@@ -246,10 +296,27 @@ class CostModel:
         if not self.measured:
             # The prior has no unit: the first round gives it one.
             self.level = self._usual = seconds / table.seconds(*shape)
-            self._level_variance = 0.05
+            self._level_variance = _FIRST_LEVEL
+        self._learn(table, verified, drafted, seconds)
+        return True
+
+    def _share(self, table: Table, verified: int, drafted: int, residual: float, level: float, noise: float) -> None:
+        """Share out by what of a round it was that took so long."""
+        if table.faded != self._faded:
+            table.joint.fade(math.exp(self._faded - table.faded))
+        gain, by, self._level_variance = table.learn(verified, drafted, residual, level, self._level_variance, noise)
+        self._faded += math.log(max(1.0 - gain, 1e-6))
+        table.faded = self._faded
+        self.level *= 1.0 + by
+
+    def _learn(self, table: Table, verified: int, drafted: int, seconds: float) -> None:
+        """From a round of a shape that was seen before."""
+        shape = verified, drafted
         expected = self.level * table.seconds(*shape)
         self._level_variance += _LEVEL_AGE + self._drift.variance(seconds / expected - 1.0)
-        residual = min(max(seconds - expected, -_CLAMP * expected), _CLAMP * expected)
+        spread = math.sqrt(_NOISE + self._level_variance + table.joint.variance(verified))
+        most = min(max(_CLAMP, _CLAMP_ERRORS * spread), _CLAMP_MOST) * expected
+        residual = min(max(seconds - expected, -most), most)
         if not table.known(verified):
             # A guess may be far off: clamped as usual, it would take many rounds to leave.
             residual = min(seconds - expected, expected)
@@ -257,14 +324,11 @@ class CostModel:
         if changed != "no":
             residual = seconds - expected
         if changed == "all":
-            self._level_variance = _UNKNOWN
+            self._level_variance += _UNKNOWN
         elif changed == "depth":
-            table.variance[verified] = _UNKNOWN
-        before = self._level_variance
+            table.doubt(verified)
         self._usual += _USUAL * (min(self.level, 2.0 * self._usual) - self._usual)
-        self.level *= 1.0 + table.learn(*shape, residual, self.level, before)
-        self._level_variance = before * (1.0 - before / (before + _NOISE + table.variance[verified]))
-        return True
+        self._share(table, verified, drafted, residual, self.level, _NOISE)
 
     def store(self, rows: int, context: int, steady: Sequence[float], step: float) -> None:
         """Take over the seconds of rounds of 0, 1, … drafts as measured at rest; `step`: of one draft.
@@ -273,9 +337,9 @@ class CostModel:
         """
         self.level, self._level_variance, self._usual, self.stored = 1.0, _STORED, 1.0, True
         table = self.table(rows, context)
-        table.step, table.step_variance = step, _STORED
+        table.step = step
         table.target = [max(seconds - k * step, 0.1 * seconds) for k, seconds in enumerate(steady)]
-        table.variance, table.samples = [_STORED] * len(steady), [_SURE] * len(steady)
+        table.joint, table.samples = Joint([_STORED] * (len(steady) + 1)), [_SURE] * len(steady)
         table.changed()
 
     def to_dict(self) -> dict[str, Any]:
@@ -292,11 +356,12 @@ class CostModel:
         for entry in data["tables"]:
             table = Table(model.facts, int(entry["rows"]), context_bucket(int(entry["context"])))
             table.target = [None if s is None else float(s) for s in entry["target"]]
-            table.variance = [float(v) for v in entry["target_variance"]]
+            variances = [float(v) for v in entry["target_variance"]]
             table.samples = [0 if t is None else _SURE for t in table.target]
-            table.step, table.step_variance = float(entry["draft"]), float(entry["draft_variance"])
-            if len(table.target) != DEEPEST + 1 or len(table.variance) != DEEPEST + 1:
+            table.step = float(entry["draft"])
+            if len(table.target) != DEEPEST + 1 or len(variances) != DEEPEST + 1:
                 raise ValueError(f"target has {len(table.target)} depths, expected {DEEPEST + 1}")
+            table.joint = Joint([*variances, float(entry["draft_variance"])])
             model._tables[table.rows, table.bucket] = table
         return model
 

@@ -34,10 +34,7 @@ def _best(world: World) -> tuple[int, float]:
 def _tuned(world: World) -> DepthMemory:
     """What `tune` would have found."""
     costs = CostModel()
-    for k in range(9):
-        for drafted in (0, k):
-            for _ in range(8):
-                costs.observe(world.rows, k, drafted, world.context, world.seconds(k, drafted, 0))
+    costs.store(world.rows, world.context, [world.seconds(k, k, 0) for k in range(9)], world.draft)
     return DepthMemory(CostModel.from_dict(costs.to_dict()))
 
 

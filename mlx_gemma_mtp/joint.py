@@ -1,0 +1,74 @@
+"""A Kalman filter of a few costs and of a level that all of them share, as relative errors. Knows no rounds.
+
+What was seen together is uncertain together: when the level moves during a long run of one cost only the level follows,
+and what tells another cost from that one tells both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+_LEAST = 1e-9
+_NOTHING = 0.002  # gains below which a sample says nothing of the costs
+
+
+class Joint:
+    """Covariances of costs with each other and with the level, whose own variance is the caller's."""
+
+    def __init__(self, variances: Sequence[float]) -> None:
+        count = len(variances)
+        self._costs = [[0.0] * count for _ in range(count)]
+        self._level, self._none = [0.0] * count, [0.0] * count
+        for i, variance in enumerate(variances):
+            self._costs[i][i] = variance
+
+    def variance(self, i: int) -> float:
+        """Of one cost."""
+        return self._costs[i][i]
+
+    def grow(self, i: int, by: float) -> None:
+        """A cost may have changed: by this variance."""
+        self._costs[i][i] += by
+
+    def grow_together(self, which: Collection[int], by: float) -> None:
+        """Costs may have changed, all in the same direction."""
+        for i in which:
+            for j in which:
+                self._costs[i][j] += by
+
+    def reset(self, i: int, variance: float) -> None:
+        """Nothing that was seen of a cost counts any more."""
+        for row in self._costs:
+            row[i] = 0.0
+        self._costs[i] = [0.0] * len(self._level)
+        self._costs[i][i], self._level[i] = variance, 0.0
+
+    def fade(self, share: float) -> None:
+        """Costs elsewhere have told the level meanwhile: so much is left of what it had in common with these."""
+        self._level = [x * share for x in self._level]
+
+    def observe(
+        self, weights: Sequence[tuple[int, float]], level_variance: float, noise: float
+    ) -> tuple[list[float], float, float]:
+        """Take in a sample of level x (weighted sum of costs): the gains of all costs, the level's, its new variance.
+
+        `weights`: the costs in the sum, and their shares of it, which add up to 1. A mean should move by its gain times
+        (sample / expected - 1).
+        """
+        costs, level = self._costs, self._level
+        (i, weight), *rest = weights
+        shared = [weight * c + x for c, x in zip(costs[i], level, strict=True)]
+        with_level = level_variance + weight * level[i]
+        for i, weight in rest:
+            shared = [s + weight * c for s, c in zip(shared, costs[i], strict=True)]
+            with_level += weight * level[i]
+        whole = max(with_level + sum(weight * shared[i] for i, weight in weights), _LEAST) + noise
+        gains, gain = [s / whole for s in shared], with_level / whole
+        if max(gains) < _NOTHING and min(gains) > -_NOTHING:
+            gains = self._none
+        else:
+            for i, g in enumerate(gains):
+                row = costs[i] = [c - g * s for c, s in zip(costs[i], shared, strict=True)]
+                row[i] = max(row[i], _LEAST)
+            self._level = [x - g * with_level for x, g in zip(level, gains, strict=True)]
+        return gains, gain, max(level_variance - gain * with_level, _LEAST)
