@@ -210,7 +210,7 @@ class Table:
         off = residual / (level * expected)
         self._check(verified, off, noise)
         gains, gain, level_variance = self.joint.observe(weights, level_variance, noise)
-        if any(gains):
+        if gains is not None:
             for k, seconds in enumerate(self.target):
                 if seconds is not None:
                     self.target[k] = seconds * max(1.0 + gains[k] * off, 0.1)

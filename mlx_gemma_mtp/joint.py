@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 _LEAST = 1e-9
-_NOTHING = 0.002  # gains below which a sample says nothing of the costs
+_NOTHING = 0.005  # gain below which a sample says nothing of the costs in it
 
 
 class Joint:
@@ -18,7 +18,7 @@ class Joint:
     def __init__(self, variances: Sequence[float]) -> None:
         count = len(variances)
         self._costs = [[0.0] * count for _ in range(count)]
-        self._level, self._none = [0.0] * count, [0.0] * count
+        self._level = [0.0] * count
         for i, variance in enumerate(variances):
             self._costs[i][i] = variance
 
@@ -49,26 +49,32 @@ class Joint:
 
     def observe(
         self, weights: Sequence[tuple[int, float]], level_variance: float, noise: float
-    ) -> tuple[list[float], float, float]:
+    ) -> tuple[list[float] | None, float, float]:
         """Take in a sample of level x (weighted sum of costs): the gains of all costs, the level's, its new variance.
 
         `weights`: the costs in the sum, and their shares of it, which add up to 1. A mean should move by its gain times
-        (sample / expected - 1).
+        (sample / expected - 1). Gains are None where they are next to nothing.
         """
         costs, level = self._costs, self._level
-        (i, weight), *rest = weights
-        shared = [weight * c + x for c, x in zip(costs[i], level, strict=True)]
-        with_level = level_variance + weight * level[i]
-        for i, weight in rest:
-            shared = [s + weight * c for s, c in zip(shared, costs[i], strict=True)]
+        with_level, seen = level_variance, []
+        for i, weight in weights:
             with_level += weight * level[i]
-        whole = max(with_level + sum(weight * shared[i] for i, weight in weights), _LEAST) + noise
-        gains, gain = [s / whole for s in shared], with_level / whole
-        if max(gains) < _NOTHING and min(gains) > -_NOTHING:
-            gains = self._none
-        else:
-            for i, g in enumerate(gains):
+            row, among = costs[i], level[i]
+            for j, other in weights:
+                among += other * row[j]
+            seen.append(among)
+        whole = max(with_level + sum(w * s for (_, w), s in zip(weights, seen, strict=True)), _LEAST) + noise
+        gain = with_level / whole
+        if all(abs(s) < _NOTHING * whole for s in seen):
+            # A long run of one kind: only the level moves.
+            return None, gain, max(level_variance - gain * with_level, _LEAST)
+        shared = level
+        for i, weight in weights:
+            shared = [s + weight * c for s, c in zip(shared, costs[i], strict=True)]
+        gains = [s / whole for s in shared]
+        for i, g in enumerate(gains):
+            if g:
                 row = costs[i] = [c - g * s for c, s in zip(costs[i], shared, strict=True)]
                 row[i] = max(row[i], _LEAST)
-            self._level = [x - g * with_level for x, g in zip(level, gains, strict=True)]
+        self._level = [x - g * with_level for x, g in zip(level, gains, strict=True)]
         return gains, gain, max(level_variance - gain * with_level, _LEAST)
