@@ -14,7 +14,7 @@ POSITIONS = 8
 
 _FIRST = 0.65  # of a pair that nothing is known of
 _LOWEST, _HIGHEST = 0.01, 0.99
-_START = 4.0  # what the other requests' rate is worth to a new one, in own samples,
+_START, _START_MOST = 4.0, 40.0  # what the other requests' rate is worth to a new one, in own samples,
 _START_ALONE = 1.0  # and what _FIRST is worth where there were none
 _OWN, _ALL = 40.0, 160.0  # samples that a rate remembers
 _STALE = 2.0  # what an old rate is still worth
@@ -24,7 +24,10 @@ _LATEST = 8.0  # samples that can belie a rate
 _ERRORS = 3.0 / math.sqrt(2.0 * _LATEST)  # by how many of a draft's spreads they then differ: 3 standard errors
 _LEAST_SPREAD = math.sqrt(0.05 * 0.95)
 _LEAST_JUMP = _ERRORS * _LEAST_SPREAD
-_OTHERS = 0.15  # standard deviation between requests
+_OTHERS = 0.2  # standard deviation between requests, as long as few have told it:
+_OTHERS_WORTH, _OTHERS_KEPT = 3.0, 0.97  # requests that this is worth, and the share of the others that the next leaves
+_LEAST_OTHERS, _MOST_OTHERS = 0.0025, 0.0225  # what it is taken for where a position was never reached
+_ENOUGH, _HALF = 8, 20  # drafts from which a request tells it, and with which it is worth half
 _DRIFT, _STALE_DRIFT, _MOST_DRIFT = (
     0.015,
     0.15,
@@ -79,11 +82,33 @@ class Rate:
         return max(math.sqrt(max(self.mean * (1.0 - self.mean), 0.0)), _LEAST_SPREAD)
 
 
+class Spread:
+    """How far requests lie apart: the variance of their rates, which outlives each of them."""
+
+    def __init__(self) -> None:
+        self._weight, self.variance = _OTHERS_WORTH, _OTHERS**2
+
+    def add(self, drafts: int, excess: float, chance: float) -> None:
+        """A request is over: of its `drafts`, `excess` more were kept than all requests' rates say.
+
+        `chance`: the variance that this would have if all requests were alike.
+        """
+        if drafts >= _ENOUGH:
+            weight = drafts / (drafts + _HALF)
+            self._weight = self._weight * _OTHERS_KEPT + weight
+            self.variance += ((excess**2 - chance) / drafts**2 - self.variance) * weight / self._weight
+
+    def start(self, rate: float) -> float:
+        """What the rate of all requests is worth to a new one, in own samples."""
+        return min(max(rate * (1.0 - rate) / max(self.variance, 1e-6), _START), _START_MOST)
+
+
 class AcceptanceModel:
     """Rates of all requests together (they outlive each), and of every living request."""
 
-    def __init__(self, rates: Sequence[tuple[float, float]] = ()) -> None:
-        self._now = 0
+    def __init__(self, rates: Sequence[tuple[float, float]] = (), spread: Spread | None = None) -> None:
+        self._now, self._spread = 0, Spread() if spread is None else spread
+        self._sums: dict[int, tuple[int, float, float]] = {}
         self._all = [Rate(mean, weight, _ALL, 0) for mean, weight in rates]
         self._reached = [0] * POSITIONS
         self._told: dict[int | None, tuple[list[int], list[int]]] = {}
@@ -116,19 +141,27 @@ class AcceptanceModel:
         now, reaching, kept = self._now, [0] * POSITIONS, [0] * POSITIONS
         for request, (tried, accepted) in self._told.items():
             own = [] if request is None else self._own.setdefault(request, [])
+            drafts, excess, chance = (0, 0.0, 0.0) if request is None else self._sums.get(request, (0, 0.0, 0.0))
             _from_the_end(tried)
             _from_the_end(accepted)
             for i, count in enumerate(tried):
                 if not count:
                     break
                 if i == len(own):
-                    start = _START if self._all else _START_ALONE
-                    own.append(Rate(self._guess([r.mean for r in own], i), start, _OWN, now))
+                    guess = self._guess([r.mean for r in own], i)
+                    start = self._spread.start(guess) if self._all else _START_ALONE
+                    own.append(Rate(guess, start, _OWN, now))
                 jump = own[i].add(accepted[i] / count, count, now)
                 for rate in own[i + 1 :] if jump else ():
                     rate.shift(jump)
                 reaching[i] += count
                 kept[i] += accepted[i]
+                if i < len(self._all):
+                    usual = self._all[i].mean
+                    drafts, excess = drafts + count, excess + accepted[i] - count * usual
+                    chance += count * usual * (1.0 - usual)
+            if request is not None:
+                self._sums[request] = drafts, excess, chance
         self._told.clear()
         for i, count in enumerate(reaching):
             if not count:
@@ -142,6 +175,8 @@ class AcceptanceModel:
 
     def forget(self, request: int) -> None:
         """A request has ended."""
+        if request in self._sums:
+            self._spread.add(*self._sums.pop(request))
         self._own.pop(request, None)
         self._known.pop(request, None)
 
@@ -188,15 +223,15 @@ class AcceptanceModel:
                 count[i] += 1
                 weights[i] += rate.weight(self._now)
                 spreads[i] += rate.spread()
-        found = []
+        found, others = [], min(max(self._spread.variance, _LEAST_OTHERS), _MOST_OTHERS)
         for i, of in enumerate(count):
             if of:
                 variance = (spreads[i] / of) ** 2 / weights[i]
             elif i < len(self._all):
                 everyone = self._all[i]
-                variance = everyone.spread() ** 2 / max(everyone.weight(self._now), _START) + _OTHERS**2
+                variance = everyone.spread() ** 2 / max(everyone.weight(self._now), _START) + others
             else:
-                variance = 0.25 / _START + _OTHERS**2
+                variance = 0.25 / _START + others
             found.append(math.sqrt(variance + self._drift(i) ** 2))
         return found
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .acceptance import AcceptanceModel, Predictability
+from .acceptance import AcceptanceModel, Predictability, Spread
 from .costs import DEEPEST, CostModel, Table
 from .depth import DepthChoice, FixedDepth, RoundShape, RowOutcome, RowState
 from .depth_view import DEPTHS, View
@@ -81,6 +81,7 @@ class DepthMemory:
 
     costs: CostModel = field(default_factory=CostModel)
     rates: list[tuple[float, float]] = field(default_factory=list)
+    spread: Spread = field(default_factory=Spread)
     trace: float = 0.03
     traced: bool = False
     purse: float = 0.0
@@ -94,7 +95,7 @@ class AdaptiveDepth:
     def __init__(self, memory: DepthMemory | None = None, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._memory = DepthMemory() if memory is None else memory
         self._costs, self._rounds = self._memory.costs, RoundClock(clock)
-        self._acceptance = AcceptanceModel(self._memory.rates)
+        self._acceptance = AcceptanceModel(self._memory.rates, self._memory.spread)
         self._predictability = Predictability()
         self._places = self._memory.places
         self._running: dict[int, int] = {}  # drafts that could be of use to each request when it joined

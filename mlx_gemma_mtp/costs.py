@@ -2,8 +2,7 @@
 
 A round verifies the block before it and drafts the next, so it costs target(rows, drafts verified, context) plus
 drafted x draft(rows, context). The shares of all depths, the drafter's and a level that all share are learned together
-(a Kalman filter, `joint.py`): a machine that gets slower does so at every depth, which a long run of one depth must not
-be blamed for.
+(a Kalman filter, `kalman.py`): a machine that gets slower does so at every depth, and not at the one of the day.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from .joint import Joint
+from .kalman import LevelFilter
 
 DEEPEST = 8
 _STEP = DEEPEST + 1  # of the joint errors, the drafter's
@@ -101,7 +100,7 @@ class Table:
         self.rows, self.bucket = rows, bucket
         self.prior = [facts.target(rows, k, context) for k in range(DEEPEST + 1)]
         self.target: list[float | None] = [None] * (DEEPEST + 1)
-        self.joint = Joint([_UNKNOWN] * (DEEPEST + 1) + [_UNKNOWN_STEP])
+        self.joint = LevelFilter([_UNKNOWN] * (DEEPEST + 1) + [_UNKNOWN_STEP])
         self.faded = 0.0
         self.samples = [0] * (DEEPEST + 1)
         self.step = facts.step(rows, context)
@@ -191,10 +190,12 @@ class Table:
         return "depth" if count >= (_LASTING if sure else _SURPRISES) else "no"
 
     def doubt(self, verified: int) -> None:
-        """A depth's share has changed: so have those of other blocks that were measured when it was, and never since."""
+        """A depth's share has changed: so have those of other blocks measured when it was, and never since."""
         self.joint.reset(verified, _OLD)
-        alike = [k for k in range(1, DEEPEST + 1) if self.known(k) and self.samples[k] <= _SURE] if verified else []
-        self.joint.grow_together({verified, *alike}, _UNKNOWN)
+        alike = {verified}
+        if verified:
+            alike |= {k for k in range(1, DEEPEST + 1) if self.known(k) and self.samples[k] <= _SURE}
+        self.joint.grow_together(alike, _UNKNOWN)
 
     def learn(
         self, verified: int, drafted: int, residual: float, level: float, level_variance: float, noise: float
@@ -339,7 +340,7 @@ class CostModel:
         table = self.table(rows, context)
         table.step = step
         table.target = [max(seconds - k * step, 0.1 * seconds) for k, seconds in enumerate(steady)]
-        table.joint, table.samples = Joint([_STORED] * (len(steady) + 1)), [_SURE] * len(steady)
+        table.joint, table.samples = LevelFilter([_STORED] * (len(steady) + 1)), [_SURE] * len(steady)
         table.changed()
 
     def to_dict(self) -> dict[str, Any]:
@@ -361,7 +362,7 @@ class CostModel:
             table.step = float(entry["draft"])
             if len(table.target) != DEEPEST + 1 or len(variances) != DEEPEST + 1:
                 raise ValueError(f"target has {len(table.target)} depths, expected {DEEPEST + 1}")
-            table.joint = Joint([*variances, float(entry["draft_variance"])])
+            table.joint = LevelFilter([*variances, float(entry["draft_variance"])])
             model._tables[table.rows, table.bucket] = table
         return model
 

@@ -17,7 +17,7 @@ ROOT = Path(mlx_gemma_mtp.__file__).parent
 # Imports point down only, or stay inside one of the packages. A new module needs a place here.
 LEVELS: dict[str, float] = {
     "config": 0, "request": 0, "json_file": 0, "stats": 0.5, "generation_config": 0.5, "convert.names": 0,
-    "views": 1, "sampling": 1, "acceptance": 1, "costs": 1, "cache": 1.5, "prefix": 1.75,
+    "views": 1, "sampling": 1, "acceptance": 1, "kalman": 0.5, "costs": 1, "cache": 1.5, "prefix": 1.75,
     "models": 2, "speculative": 2, "depth": 2, "round_clock": 2.2, "depth_view": 2.2, "adaptive": 2.5,
     "loading": 3, "jobs": 2.5, "admission": 3, "scheduler": 3.5, "probe": 3, "profiles": 3.5, "tune": 3.6,
     "bitwise": 3.5, "residency": 3,
@@ -28,8 +28,8 @@ LEVELS: dict[str, float] = {
     "verify_cli": 7.5, "serve_cli": 7.5, "tune_cli": 7.5, "bench_cli": 7.6,
     "cli": 8,
 }  # fmt: skip
-WITHOUT_MLX = ("config", "request", "json_file", "stats", "generation_config", "convert.names", "acceptance", "costs",
-               "depth", "round_clock", "depth_view", "adaptive")  # fmt: skip
+WITHOUT_MLX = ("config", "request", "json_file", "stats", "generation_config", "convert.names", "acceptance",
+               "kalman", "costs", "depth", "round_clock", "depth_view", "adaptive")  # fmt: skip
 # Where every failure has to become an answer: to HTTP, in a terminal, to those who wait for the engine's thread or for
 # a benchmark's process.
 # tokenizers raises plain Exception for a file that it can't read.

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from mlx_gemma_mtp.acceptance import AcceptanceModel, Predictability, committed
+from mlx_gemma_mtp.acceptance import AcceptanceModel, Predictability, Spread, committed
 from mlx_gemma_mtp.costs import CostFacts, CostModel, context_bucket
 
 
@@ -164,3 +164,23 @@ def test_a_draft_counts_in_its_own_round_only() -> None:
     before = model.rates
     model.tick()
     assert model.rates == before
+
+
+@pytest.mark.parametrize(("between", "worth"), [(0.0, (25.0, 40.0)), (0.25, (2.0, 6.5))])
+def test_a_new_request_trusts_the_others_as_far_as_they_were_alike(between: float, worth: tuple[float, float]) -> None:
+    """Requests whose rates lie `between` (standard deviation) apart: what the mean of all is worth in own samples."""
+    found = []
+    for seed in range(10):
+        draw, spread = random.Random(seed), Spread()
+        model = AcceptanceModel([(0.7, 100.0)], spread)
+        for request in range(40):
+            rate = min(max(draw.gauss(0.7, between), 0.05), 0.95)
+            for _ in range(15):
+                accepted = 0
+                while accepted < 3 and draw.random() < rate:
+                    accepted += 1
+                model.observe(request, 3, accepted)
+                model.tick()
+            model.forget(request)
+        found.append(spread.start(0.7))
+    assert worth[0] <= sum(found) / len(found) <= worth[1]

@@ -12,7 +12,7 @@ _LEAST = 1e-9
 _NOTHING = 0.005  # gain below which a sample says nothing of the costs in it
 
 
-class Joint:
+class LevelFilter:
     """Covariances of costs with each other and with the level, whose own variance is the caller's."""
 
     def __init__(self, variances: Sequence[float]) -> None:
