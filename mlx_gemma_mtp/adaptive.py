@@ -27,9 +27,11 @@ _GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.01  # than plain decoding, and plain 
 _MUCH, _CLEARLY = 1.03, 1.25  # better by so much, other depths may be worth trying, or it is taken at once
 _PLAIN_AGAIN = 64  # rounds of drafting after which plain decoding is measured again, times the square of the gain,
 _PLAIN_LATEST, _PLAIN_LEVEL = 512, 1.3  # but so many at most, and at once when the level has moved so far since
+_PLAIN_FAR = 1.5  # gain from which other trials don't wait for it
 _CHECKS = 6  # of plain decoding that aren't paid for, while it is hardly known
 _PLAIN_SAMPLES, _PLAIN_SOON = 12, 16  # its samples until then, and rounds while there are fewer
-_SHARE = 0.004  # of the time spent, for trying other depths
+_SHARE = 0.004  # of the time spent, for trying other depths,
+_WANTED, _WANTED_SHARE = 1.05, 0.008  # and of it where nothing is drafted though it may be so much better,
 _FIRST_SHARE, _FIRST_ROUNDS = 0.025, 300  # and of the first rounds,
 _FIRST_OF_RATES = 130  # which are fewer where the costs are known and only the texts are not
 _CREDIT = 20  # rounds over which a depth that should be better pays for being tried
@@ -103,7 +105,7 @@ class AdaptiveDepth:
         self._trial: _Trial | None = None
         self._depth, self._chosen = 0, 0  # of the block planned, and without trials
         self._wait, self._every = 0, _EVERY  # rounds to the next choice, and from the last one to it
-        self._news, self._cut, self._hopeless = False, False, False
+        self._news, self._cut, self._hopeless, self._saving = False, False, False, False
         self._table: Table | None = None
         self._place_before: _Place | None = None
         self._view: View | None = None
@@ -205,7 +207,7 @@ class AdaptiveDepth:
             memory.trace += step * (min(max(seconds - expected, 0.0), 3.0 * memory.trace) - memory.trace)
         memory.rounds += 1
         first = _FIRST_OF_RATES if memory.costs.stored else _FIRST_ROUNDS
-        share = _SHARE if memory.rounds > first else _FIRST_SHARE
+        share = _FIRST_SHARE if memory.rounds <= first else _WANTED_SHARE if self._saving else _SHARE
         most = _SAVINGS * expected + 4.0 * memory.trace
         if shape.verified not in (0, self._chosen) and 2.0 * seconds < expected:
             # A trial was paid for, and cost less.
@@ -347,7 +349,7 @@ class AdaptiveDepth:
                 place.level, place.checks = view.level, place.checks + 1
                 place.due[0] = place.rounds + (min(_PLAIN_SOON, again) if doubtful else again)
                 return _Trial(table, 0, rounds)
-            if not doubtful:
+            if not doubtful and rate < _PLAIN_FAR * view.rates[0]:
                 return None  # this is saved up for
         if current == 0 and self._acceptance.unknown:
             # Once per process, and not paid for: no reckoning finds depths that pay without any drafts.
@@ -359,12 +361,13 @@ class AdaptiveDepth:
         lasting = [n if table.known(k) else _TRIAL for k, n in enumerate(lasting)]
         losses = {k: self._loss(view, table, compiled, current, k, lasting[k]) for k in due}
         offers = []
-        if any(loss <= self._memory.purse for loss in losses.values()):
+        if losses:
             hopes = view.hopes(self._acceptance)
             for k, loss in losses.items():
                 if hopes[k] > _GAIN * rate:
                     value = (hopes[k] / rate - _GAIN) / (max(loss, 0.0) + 0.1 * view.seconds[current])
                     offers.append((value, loss, k, lasting[k]))
+            self._saving = current == 0 and max(hopes[k] for k in losses) > _WANTED * rate
         offers.sort(reverse=True)
         if current == 0 and self._acceptance.stale and (not offers or offers[0][1] > self._memory.purse):
             # Few drafts tell whether the text has changed, at the least cost, though it may not pay itself.

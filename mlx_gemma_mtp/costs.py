@@ -17,13 +17,20 @@ from .kalman import LevelFilter
 
 DEEPEST = 8
 _STEP = DEEPEST + 1  # of the joint errors, the drafter's
+_BLOCKS = range(1, DEEPEST + 1)
 
-_STORED = 0.0009  # relative variance of a share measured at rest, some rounds each
+_STORED = 0.0009  # relative variance of a share measured at rest, some rounds each,
+_STORED_BLOCKS = 0.0025  # and of what all depths but plain decoding have in common: other kernels, other bottlenecks
 _NOISE = 0.01  # relative variance of one round
 _UNKNOWN = 0.09  # of a share never measured
 _UNKNOWN_STEP = 0.25  # of the drafter's share before any round told it
 _MOVED = 0.01  # added when a table is carried over to other rows or another context
-_AGE, _AGING, _OLD = 2e-6, 32, 0.02  # added in each round (taken in at intervals of so many), and up to where
+_AGE, _AGE_BLOCKS, _AGING, _OLD = (
+    2e-6,
+    1e-5,
+    32,
+    0.02,
+)  # added in each round (taken in at intervals of so many), and up to where
 _DOUBTFUL = 0.023  # more than age makes of it: it was carried over twice, or once after long disuse
 _LEVEL_AGE = 1e-4
 _WINDOW = 16.0  # rounds that tell whether the level moves:
@@ -34,6 +41,8 @@ _STREAK = 8  # rounds of one depth after which a change is the machine's
 _SURE = 4  # samples after which a cost is taken for what it seems
 _SURPRISES, _LASTING = 2, 6  # clamped samples in a row after which all costs, or one depth's, have changed
 _FIRST_LEVEL = 1e-4  # variance of what the first round is measured by
+_LEAST_DOUBT = 5e-4  # variance of how the cost best known compares with others
+_JUMP = 0.5  # of what was expected: what the first sample of another cost may say upwards, which a stall would, too
 _FIRST, _ALIKE, _ALIKE_PLAIN, _BELIED = 3, 3, 2, 8.0  # see `Table._check`
 _ROW_WORK = 0.1  # seconds per further token of a block, beside those of reading the weights once (mlx_small_m.md)
 _FLAT_FROM = 32  # tokens; wider blocks run kernels whose cost grows slowly
@@ -139,7 +148,10 @@ class Table:
     def curve(self) -> list[float]:
         """Seconds of the target's share for 0, 1, … drafts, at level 1."""
         if self._curve is None:
-            self._curve = _through(self.target, self.variance, self.prior)
+            # What all depths' errors have in common doesn't say which of two has to give way to the other.
+            most = max(range(DEEPEST + 1), key=self.samples.__getitem__)
+            variance = [self.joint.of_ratio(k, most) + _LEAST_DOUBT for k in range(DEEPEST + 1)]
+            self._curve = _through(self.target, variance, self.prior)
         return self._curve
 
     def steady(self) -> list[float]:
@@ -151,15 +163,18 @@ class Table:
         target = self.target[verified]
         return (self.curve()[verified] if target is None else target) + drafted * self.step
 
-    def least(self, k: int, errors: float) -> float:
+    def least(self, k: int, errors: float, than: int) -> float:
         """What a round of k drafts costs at least, at level 1: `errors` standard errors below what is known.
+
+        Errors of how it compares with `than` drafts, as those that both share don't matter.
 
         Of a depth hardly ever verified nothing is known but that it costs no less than shallower ones.
         """
         base = k
         while base and not (self.samples[base] >= _SURE and self.known(base)):
             base -= 1
-        return self.curve()[base] * max(1.0 - errors * math.sqrt(self.joint.variance(base)), 0.3) + k * self.step
+        off = math.sqrt(self.joint.of_ratio(base, than)) if self.known(than) else math.sqrt(self.joint.variance(base))
+        return self.curve()[base] * max(1.0 - errors * off, 0.3) + k * self.step
 
     def age(self, verified: int) -> None:
         """A round is over: what was learned before may have changed meanwhile."""
@@ -171,6 +186,8 @@ class Table:
             for k in range(DEEPEST + 1):
                 if self.joint.variance(k) < _OLD:
                     self.joint.grow(k, _AGING * _AGE)
+            if self.joint.of_ratio(0, verified or 1) < _OLD:
+                self.joint.grow_together(_BLOCKS, _AGING * _AGE_BLOCKS)
 
     def surprise(self, verified: int, clamped: float, residual: float, *, raised: bool) -> str:
         """Whether costs have changed: "no", "depth" (only this one's) or "all".
@@ -323,7 +340,7 @@ class CostModel:
             residual = min(seconds - expected, expected)
         changed = table.surprise(verified, residual, seconds - expected, raised=self.level > _RAISED * self._usual)
         if changed != "no":
-            residual = seconds - expected
+            residual = min(seconds - expected, _JUMP * expected)
         if changed == "all":
             self._level_variance += _UNKNOWN
         elif changed == "depth":
@@ -341,6 +358,7 @@ class CostModel:
         table.step = step
         table.target = [max(seconds - k * step, 0.1 * seconds) for k, seconds in enumerate(steady)]
         table.joint, table.samples = LevelFilter([_STORED] * (len(steady) + 1)), [_SURE] * len(steady)
+        table.joint.grow_together(_BLOCKS, _STORED_BLOCKS)
         table.changed()
 
     def to_dict(self) -> dict[str, Any]:
@@ -362,7 +380,12 @@ class CostModel:
             table.step = float(entry["draft"])
             if len(table.target) != DEEPEST + 1 or len(variances) != DEEPEST + 1:
                 raise ValueError(f"target has {len(table.target)} depths, expected {DEEPEST + 1}")
-            table.joint = LevelFilter([*variances, float(entry["draft_variance"])])
+            # What blocks have in common isn't stored: as much of it as a profile starts with.
+            common = min(0.7 * min(variances[1:]), _STORED_BLOCKS)
+            table.joint = LevelFilter(
+                [variances[0], *(v - common for v in variances[1:]), float(entry["draft_variance"])]
+            )
+            table.joint.grow_together(_BLOCKS, common)
             model._tables[table.rows, table.bucket] = table
         return model
 

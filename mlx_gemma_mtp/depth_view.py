@@ -91,7 +91,7 @@ class View:
         """Rates at another acceptance, and costs as low as they may well be."""
         hopeful, expected = committed(acceptance), committed(self.acceptance)
         return [
-            self.tokens[k] * hopeful[k] / expected[k] / (self.level * self.table.least(k, _OPTIMISM))
+            self.tokens[k] * hopeful[k] / expected[k] / (self.level * self.table.least(k, _OPTIMISM, self.depth))
             for k in range(DEEPEST + 1)
         ]
 

@@ -26,6 +26,10 @@ class LevelFilter:
         """Of one cost."""
         return self._costs[i][i]
 
+    def of_ratio(self, i: int, j: int) -> float:
+        """Variance of how two costs compare."""
+        return max(self._costs[i][i] + self._costs[j][j] - 2.0 * self._costs[i][j], 0.0)
+
     def grow(self, i: int, by: float) -> None:
         """A cost may have changed: by this variance."""
         self._costs[i][i] += by
