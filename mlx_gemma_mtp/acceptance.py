@@ -27,7 +27,8 @@ _LEAST_JUMP = _ERRORS * _LEAST_SPREAD
 _OTHERS = 0.2  # standard deviation between requests, as long as few have told it:
 _OTHERS_WORTH, _OTHERS_KEPT = 3.0, 0.97  # requests that this is worth, and the share of the others that the next leaves
 _LEAST_OTHERS, _MOST_OTHERS = 0.0025, 0.0225  # what it is taken for where a position was never reached
-_ENOUGH, _HALF = 8, 20  # drafts from which a request tells it, and with which it is worth half
+_ENOUGH, _HALF, _TOLD = 8, 20, 60  # drafts from which a request tells it, with which it is worth half, and after which
+# it has told enough: all requests' rates then follow its own
 _DRIFT, _STALE_DRIFT, _MOST_DRIFT = (
     0.015,
     0.15,
@@ -156,7 +157,7 @@ class AcceptanceModel:
                     rate.shift(jump)
                 reaching[i] += count
                 kept[i] += accepted[i]
-                if i < len(self._all):
+                if i < len(self._all) and drafts < _TOLD:
                     usual = self._all[i].mean
                     drafts, excess = drafts + count, excess + accepted[i] - count * usual
                     chance += count * usual * (1.0 - usual)

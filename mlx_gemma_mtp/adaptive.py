@@ -326,6 +326,7 @@ class AdaptiveDepth:
         """Another depth that may well be better, if it can be paid for."""
         rate = view.rates[current]
         self._hopeless = current == 0 and not self._acceptance.unknown and view.hopeless
+        self._saving = False
         if self._hopeless and place.rounds >= place.hope:
             # What is held against drafts may have been measured at a bad time.
             place.hope, k = place.rounds + _HOPE, view.best_hope

@@ -20,12 +20,13 @@ _STEP = DEEPEST + 1  # of the joint errors, the drafter's
 _BLOCKS = range(1, DEEPEST + 1)
 
 _STORED = 0.0009  # relative variance of a share measured at rest, some rounds each,
-_STORED_BLOCKS = 0.0025  # and of what all depths but plain decoding have in common: other kernels, other bottlenecks
+_STORED_TOKEN = 0.01  # and of what a further token of a block costs, at all depths alike
 _NOISE = 0.01  # relative variance of one round
 _UNKNOWN = 0.09  # of a share never measured
 _UNKNOWN_STEP = 0.25  # of the drafter's share before any round told it
-_MOVED = 0.01  # added when a table is carried over to other rows or another context
-_AGE, _AGE_BLOCKS, _AGING, _OLD = (
+_MOVED, _MOVED_TOGETHER = 0.01, 0.5  # added when a table is carried over to other rows or another context, and its
+# share that all depths have in common
+_AGE, _AGE_TOKEN, _AGING, _OLD = (
     2e-6,
     1e-5,
     32,
@@ -42,7 +43,7 @@ _SURE = 4  # samples after which a cost is taken for what it seems
 _SURPRISES, _LASTING = 2, 6  # clamped samples in a row after which all costs, or one depth's, have changed
 _FIRST_LEVEL = 1e-4  # variance of what the first round is measured by
 _LEAST_DOUBT = 5e-4  # variance of how the cost best known compares with others
-_JUMP = 0.5  # of what was expected: what the first sample of another cost may say upwards, which a stall would, too
+_JUMP = 0.5  # of what was expected: what a sample of a cost that changed may say upwards, as a stall looks alike
 _FIRST, _ALIKE, _ALIKE_PLAIN, _BELIED = 3, 3, 2, 8.0  # see `Table._check`
 _ROW_WORK = 0.1  # seconds per further token of a block, beside those of reading the weights once (mlx_small_m.md)
 _FLAT_FROM = 32  # tokens; wider blocks run kernels whose cost grows slowly
@@ -91,6 +92,7 @@ class _Visit:
     `alike`: visits in a row that missed by more than can be expected, in the same direction (its sign).
     """
 
+    number: int = 0
     rounds: int = 0
     off: float = 0.0
     variance: float = 0.0
@@ -115,18 +117,27 @@ class Table:
         self.step = facts.step(rows, context)
         self.seen: set[tuple[int, int]] = set()
         self._surprises = [0] * (DEEPEST + 1)
-        self._last, self._streak, self._age = 0, 0, 0
+        self._last, self._streak, self._visit, self._age = -1, 0, 0, 0
         self._visits = [_Visit() for _ in range(DEEPEST + 1)]
         self._curve: list[float] | None = None
 
     def carry(self, other: Table) -> None:
         """Start from the other's measured shares, as the priors say how they differ."""
+        self.joint = other.joint.copy()
+        moved = [(_STEP, 1.0)]
         for k, seconds in enumerate(other.target):
-            if seconds is not None:
-                self.target[k] = seconds * self.prior[k] / other.prior[k]
-                self.joint.reset(k, min(other.variance[k] + _MOVED, _UNKNOWN))
-                self.samples[k] = other.samples[k]
-        self.joint.reset(_STEP, min(other.joint.variance(_STEP) + _MOVED, _UNKNOWN_STEP))
+            if seconds is None:
+                self.joint.reset(k, _UNKNOWN)
+                continue
+            self.target[k] = seconds * self.prior[k] / other.prior[k]
+            self.samples[k] = other.samples[k]
+            moved.append((k, 1.0))
+        # The priors are off by about the same at all depths.
+        self.joint.grow_together(moved, _MOVED_TOGETHER * _MOVED)
+        for k, _ in moved:
+            self.joint.grow(k, (1.0 - _MOVED_TOGETHER) * _MOVED)
+            if self.joint.variance(k) > _UNKNOWN:
+                self.joint.reset(k, _UNKNOWN)
 
     @property
     def variance(self) -> list[float]:
@@ -158,6 +169,11 @@ class Table:
         """Seconds of rounds that verify and draft 0, 1, … tokens, at level 1."""
         return [seconds + k * self.step for k, seconds in enumerate(self.curve())]
 
+    def further(self) -> list[tuple[int, float]]:
+        """The share of each depth's cost that its drafts add to plain decoding."""
+        curve = self.curve()
+        return [(k, max(1.0 - curve[0] / curve[k], 0.05)) for k in _BLOCKS]
+
     def seconds(self, verified: int, drafted: int) -> float:
         """Of one round, at level 1."""
         target = self.target[verified]
@@ -177,17 +193,23 @@ class Table:
         return self.curve()[base] * max(1.0 - errors * off, 0.3) + k * self.step
 
     def age(self, verified: int) -> None:
-        """A round is over: what was learned before may have changed meanwhile."""
-        self._streak = self._streak + 1 if verified == self._last else 0
-        self._last = verified
+        """A round is over: how the other depths compare with the one of this round may have changed meanwhile."""
+        if verified == self._last:
+            self._streak += 1
+        else:
+            self._streak, self._last, self._visit = 0, verified, self._visit + 1
         self._age += 1
-        if self._age == _AGING:
-            self._age = 0
-            for k in range(DEEPEST + 1):
-                if self.joint.variance(k) < _OLD:
-                    self.joint.grow(k, _AGING * _AGE)
-            if self.joint.of_ratio(0, verified or 1) < _OLD:
-                self.joint.grow_together(_BLOCKS, _AGING * _AGE_BLOCKS)
+        if self._age < _AGING:
+            return
+        self._age, joint = 0, self.joint
+        for k in range(DEEPEST + 1):
+            if k != verified and joint.of_ratio(k, verified) < _OLD:
+                joint.grow(k, _AGING * _AGE)
+        others = [k for k in range(DEEPEST + 1) if k != verified and self.known(k)]
+        if others and joint.of_ratio(max(others, key=self.samples.__getitem__), verified) < _OLD:
+            further = dict(self.further())
+            here = further.get(verified, 0.0)
+            joint.grow_together([(k, further.get(k, 0.0) - here) for k in others], _AGING * _AGE_TOKEN)
 
     def surprise(self, verified: int, clamped: float, residual: float, *, raised: bool) -> str:
         """Whether costs have changed: "no", "depth" (only this one's) or "all".
@@ -211,11 +233,15 @@ class Table:
         self.joint.reset(verified, _OLD)
         alike = {verified}
         if verified:
-            alike |= {k for k in range(1, DEEPEST + 1) if self.known(k) and self.samples[k] <= _SURE}
-        self.joint.grow_together(alike, _UNKNOWN)
+            alike |= {
+                k
+                for k in range(1, DEEPEST + 1)
+                if self.known(k) and self.samples[k] <= _SURE and self.joint.variance(k) < _UNKNOWN
+            }
+        self.joint.grow_together([(k, 1.0) for k in alike], _UNKNOWN)
 
     def learn(
-        self, verified: int, drafted: int, residual: float, level: float, level_variance: float, noise: float
+        self, verified: int, drafted: int, residual: float, level: float, level_variance: float
     ) -> tuple[float, float, float]:
         """Share a round's residual (seconds) out by what is least sure: the level's gain, correction and variance."""
         self.samples[verified] += 1
@@ -226,8 +252,8 @@ class Table:
         if drafted:
             weights.append((_STEP, drafted * self.step / expected))
         off = residual / (level * expected)
-        self._check(verified, off, noise)
-        gains, gain, level_variance = self.joint.observe(weights, level_variance, noise)
+        self._check(verified, off)
+        gains, gain, level_variance = self.joint.observe(weights, level_variance, _NOISE)
         if gains is not None:
             for k, seconds in enumerate(self.target):
                 if seconds is not None:
@@ -236,17 +262,17 @@ class Table:
             self._curve = None
         return gain, gain * off, level_variance
 
-    def _check(self, k: int, off: float, noise: float) -> None:
+    def _check(self, k: int, off: float) -> None:
         """What the first rounds of a depth say each time that it comes is not chance: then it is less known."""
         visit = self._visits[k]
-        if self._streak == 0:
+        if visit.number != self._visit:
             if visit.rounds:
-                error = visit.off / visit.rounds / math.sqrt(visit.variance + noise / visit.rounds)
+                error = visit.off / visit.rounds / math.sqrt(visit.variance + _NOISE / visit.rounds)
                 sign = (error > 1.0) - (error < -1.0)
                 visit.alike = visit.alike + sign if visit.alike * sign >= 0 and sign else sign
                 if abs(visit.alike) >= (_ALIKE if k else _ALIKE_PLAIN):
                     self.joint.grow(k, _BELIED * self.joint.variance(k))
-            visit.rounds, visit.off, visit.variance = 0, 0.0, 2.0 * self.joint.variance(k)
+            visit.number, visit.rounds, visit.off, visit.variance = self._visit, 0, 0.0, 2.0 * self.joint.variance(k)
         if self._streak < _FIRST:
             visit.rounds, visit.off = visit.rounds + 1, visit.off + off
 
@@ -256,9 +282,9 @@ class Table:
             "rows": self.rows,
             "context": _middle(self.bucket),
             "target": self.target,
-            "target_variance": self.variance,
+            "target_variance": [float(f"{v:.6g}") for v in self.variance],
             "draft": self.step,
-            "draft_variance": self.joint.variance(_STEP),
+            "draft_variance": float(f"{self.joint.variance(_STEP):.6g}"),
         }
 
 
@@ -318,14 +344,14 @@ class CostModel:
         self._learn(table, verified, drafted, seconds)
         return True
 
-    def _share(self, table: Table, verified: int, drafted: int, residual: float, level: float, noise: float) -> None:
+    def _share(self, table: Table, verified: int, drafted: int, residual: float) -> None:
         """Share out by what of a round it was that took so long."""
         if table.faded != self._faded:
             table.joint.fade(math.exp(self._faded - table.faded))
-        gain, by, self._level_variance = table.learn(verified, drafted, residual, level, self._level_variance, noise)
+        gain, by, self._level_variance = table.learn(verified, drafted, residual, self.level, self._level_variance)
         self._faded += math.log(max(1.0 - gain, 1e-6))
         table.faded = self._faded
-        self.level *= 1.0 + by
+        self.level *= max(1.0 + by, 0.1)
 
     def _learn(self, table: Table, verified: int, drafted: int, seconds: float) -> None:
         """From a round of a shape that was seen before."""
@@ -340,13 +366,15 @@ class CostModel:
             residual = min(seconds - expected, expected)
         changed = table.surprise(verified, residual, seconds - expected, raised=self.level > _RAISED * self._usual)
         if changed != "no":
-            residual = min(seconds - expected, _JUMP * expected)
+            residual = (
+                max(residual, min(seconds - expected, _JUMP * expected)) if seconds > expected else seconds - expected
+            )
         if changed == "all":
             self._level_variance += _UNKNOWN
         elif changed == "depth":
             table.doubt(verified)
         self._usual += _USUAL * (min(self.level, 2.0 * self._usual) - self._usual)
-        self._share(table, verified, drafted, residual, self.level, _NOISE)
+        self._share(table, verified, drafted, residual)
 
     def store(self, rows: int, context: int, steady: Sequence[float], step: float) -> None:
         """Take over the seconds of rounds of 0, 1, … drafts as measured at rest; `step`: of one draft.
@@ -358,7 +386,7 @@ class CostModel:
         table.step = step
         table.target = [max(seconds - k * step, 0.1 * seconds) for k, seconds in enumerate(steady)]
         table.joint, table.samples = LevelFilter([_STORED] * (len(steady) + 1)), [_SURE] * len(steady)
-        table.joint.grow_together(_BLOCKS, _STORED_BLOCKS)
+        table.joint.grow_together(table.further(), _STORED_TOKEN)
         table.changed()
 
     def to_dict(self) -> dict[str, Any]:
@@ -380,12 +408,16 @@ class CostModel:
             table.step = float(entry["draft"])
             if len(table.target) != DEEPEST + 1 or len(variances) != DEEPEST + 1:
                 raise ValueError(f"target has {len(table.target)} depths, expected {DEEPEST + 1}")
-            # What blocks have in common isn't stored: as much of it as a profile starts with.
-            common = min(0.7 * min(variances[1:]), _STORED_BLOCKS)
-            table.joint = LevelFilter(
-                [variances[0], *(v - common for v in variances[1:]), float(entry["draft_variance"])]
-            )
-            table.joint.grow_together(_BLOCKS, common)
+            step_variance = float(entry["draft_variance"])
+            if not all(0.0 <= v < math.inf for v in [*variances, step_variance]):
+                raise ValueError(f"variances are {[*variances, step_variance]}, expected numbers that are not negative")
+            # What depths have in common isn't stored: as much of it as a profile starts with.
+            further = table.further()
+            common = min(0.7 * min(variances[k] / weight**2 for k, weight in further), _STORED_TOKEN)
+            for k, weight in further:
+                variances[k] -= common * weight**2
+            table.joint = LevelFilter([*variances, step_variance])
+            table.joint.grow_together(further, common)
             model._tables[table.rows, table.bucket] = table
         return model
 

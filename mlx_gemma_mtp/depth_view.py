@@ -12,7 +12,7 @@ from .depth import DepthChoice, RowState
 DEPTHS = (0, 1, 2, 3, 4, 5, 6, 8)
 """Few, as each is a shape to compile."""
 
-_OPTIMISM = 1.0
+_OPTIMISM = 1.0  # standard errors
 _BEST, _FAR = 0.98, 0.9  # acceptance that may be hoped for; a rate that is not worth hoping for
 _LONG = 1000  # tokens from which on a request's last round doesn't count
 

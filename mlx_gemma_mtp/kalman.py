@@ -6,7 +6,7 @@ and what tells another cost from that one tells both.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 _LEAST = 1e-9
 _NOTHING = 0.005  # gain below which a sample says nothing of the costs in it
@@ -22,6 +22,12 @@ class LevelFilter:
         for i, variance in enumerate(variances):
             self._costs[i][i] = variance
 
+    def copy(self) -> LevelFilter:
+        """As uncertain, for costs of which the level knows nothing yet."""
+        copied = LevelFilter([0.0] * len(self._level))
+        copied._costs = [row[:] for row in self._costs]
+        return copied
+
     def variance(self, i: int) -> float:
         """Of one cost."""
         return self._costs[i][i]
@@ -34,11 +40,11 @@ class LevelFilter:
         """A cost may have changed: by this variance."""
         self._costs[i][i] += by
 
-    def grow_together(self, which: Collection[int], by: float) -> None:
-        """Costs may have changed, all in the same direction."""
-        for i in which:
-            for j in which:
-                self._costs[i][j] += by
+    def grow_together(self, weights: Sequence[tuple[int, float]], by: float) -> None:
+        """Costs may have changed by an error that they share: by its variance times their weights, squared."""
+        for i, a in weights:
+            for j, b in weights:
+                self._costs[i][j] += by * a * b
 
     def reset(self, i: int, variance: float) -> None:
         """Nothing that was seen of a cost counts any more."""
@@ -57,28 +63,25 @@ class LevelFilter:
         """Take in a sample of level x (weighted sum of costs): the gains of all costs, the level's, its new variance.
 
         `weights`: the costs in the sum, and their shares of it, which add up to 1. A mean should move by its gain times
-        (sample / expected - 1). Gains are None where they are next to nothing.
+        (sample / expected - 1). Gains are None where those of the costs in the sum are next to
+        nothing: then no cost moves.
         """
         costs, level = self._costs, self._level
-        with_level, seen = level_variance, []
+        with_level, shared = level_variance, level
         for i, weight in weights:
             with_level += weight * level[i]
-            row, among = costs[i], level[i]
-            for j, other in weights:
-                among += other * row[j]
-            seen.append(among)
-        whole = max(with_level + sum(w * s for (_, w), s in zip(weights, seen, strict=True)), _LEAST) + noise
-        gain = with_level / whole
-        if all(abs(s) < _NOTHING * whole for s in seen):
-            # A long run of one kind: only the level moves.
-            return None, gain, max(level_variance - gain * with_level, _LEAST)
-        shared = level
-        for i, weight in weights:
             shared = [s + weight * c for s, c in zip(shared, costs[i], strict=True)]
+        whole = max(with_level + sum(weight * shared[i] for i, weight in weights), _LEAST) + noise
+        gain = with_level / whole
+        told = max(level_variance - gain * with_level, _LEAST)
+        if all(abs(shared[i]) < _NOTHING * whole for i, _ in weights):
+            # A long run of one kind: only the level moves.
+            self._level = [x - gain * s for x, s in zip(level, shared, strict=True)]
+            return None, gain, told
         gains = [s / whole for s in shared]
         for i, g in enumerate(gains):
             if g:
                 row = costs[i] = [c - g * s for c, s in zip(costs[i], shared, strict=True)]
                 row[i] = max(row[i], _LEAST)
         self._level = [x - g * with_level for x, g in zip(level, gains, strict=True)]
-        return gains, gain, max(level_variance - gain * with_level, _LEAST)
+        return gains, gain, told

@@ -18,14 +18,17 @@ class Reference:
     def __init__(self, variances: list[float], level: float) -> None:
         self.p = np.diag([*variances, level])
 
-    def observe(self, weights: list[tuple[int, float]], noise: float) -> np.ndarray:
+    def observe(self, weights: list[tuple[int, float]], noise: float, *, moving: bool) -> np.ndarray:
+        """The best gains; the covariance behind them (Joseph's form), or where only the level is moved."""
         seen = np.zeros(len(self.p))
         seen[-1] = 1.0
         for i, weight in weights:
             seen[i] = weight
         shared = self.p @ seen
         gains: np.ndarray = shared / (seen @ shared + noise)
-        self.p = self.p - np.outer(gains, shared)
+        used = gains if moving else np.array([*[0.0] * COSTS, gains[-1]])
+        left = np.eye(len(self.p)) - np.outer(used, seen)
+        self.p = left @ self.p @ left.T + noise * np.outer(used, used)
         return gains
 
 
@@ -57,16 +60,15 @@ def test_it_is_the_textbooks(
         level += drift
         reference.p[-1, -1] += drift
         gains, gain, level = filtered.observe(weights, level, 0.01)
-        before = reference.p.copy()
-        expected = reference.observe(weights, 0.01)
+        expected = reference.observe(weights, 0.01, moving=gains is not None)
         assert gain == pytest.approx(expected[-1], rel=1e-6)
         assert level == pytest.approx(reference.p[-1, -1], rel=1e-6)
+        assert [filtered.variance(i) for i in range(COSTS)] == pytest.approx(np.diag(reference.p)[:-1], rel=1e-6)
+        assert np.linalg.eigvalsh(reference.p).min() > -1e-12
         if gains is None:
             assert max(abs(expected[i]) for i, _ in weights) < 0.006
-            reference.p[:-1], reference.p[:, :-1] = before[:-1], before[:, :-1]
             continue
         assert gains == pytest.approx(expected[:-1], rel=1e-6, abs=1e-12)
-        assert [filtered.variance(i) for i in range(COSTS)] == pytest.approx(np.diag(reference.p)[:-1], rel=1e-6)
 
 
 def test_a_long_run_of_one_cost_moves_the_level_alone() -> None:
@@ -93,7 +95,7 @@ def test_what_tells_a_cost_from_another_tells_both() -> None:
 
 def test_what_changed_together_is_corrected_together() -> None:
     filtered = LevelFilter([1e-4] * COSTS)
-    filtered.grow_together({0, 2}, 0.09)
+    filtered.grow_together([(0, 1.0), (2, 1.0)], 0.09)
     gains, _, _ = filtered.observe([(2, 1.0)], 1e-4, 0.01)
     assert gains is not None
     assert gains[0] == pytest.approx(gains[2], rel=0.01)
