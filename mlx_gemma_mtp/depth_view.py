@@ -75,7 +75,7 @@ class View:
     def hopes(self, model: AcceptanceModel) -> list[float]:
         """Rates as good as they may well be."""
         off = model.deviations(self.requests)
-        return self._at([min(a + _OPTIMISM * d, _BEST) for a, d in zip(self.acceptance, off, strict=True)])
+        return self._at([max(min(a + _OPTIMISM * d, _BEST), a) for a, d in zip(self.acceptance, off, strict=True)])
 
     @property
     def hopeless(self) -> bool:
