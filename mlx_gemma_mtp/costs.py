@@ -19,7 +19,7 @@ DEEPEST = 8
 _STEP = DEEPEST + 1  # of the joint errors, the drafter's
 _BLOCKS = range(1, DEEPEST + 1)
 
-_STORED = 0.0009  # relative variance of a share measured at rest, some rounds each,
+_STORED = 0.0012  # relative variance of a share measured at rest, some rounds each,
 _STORED_TOKEN = 0.01  # and of what a further token of a block costs, at all depths alike
 _NOISE = 0.01  # relative variance of one round
 _UNKNOWN = 0.09  # of a share never measured
