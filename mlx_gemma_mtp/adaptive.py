@@ -362,7 +362,7 @@ class AdaptiveDepth:
         lasting = [n if table.known(k) else _TRIAL for k, n in enumerate(lasting)]
         losses = {k: self._loss(view, table, compiled, current, k, lasting[k]) for k in due}
         offers = []
-        if losses:
+        if losses and (current == 0 or min(losses.values()) <= self._memory.purse):
             hopes = view.hopes(self._acceptance)
             for k, loss in losses.items():
                 if hopes[k] > _GAIN * rate:

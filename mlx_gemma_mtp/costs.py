@@ -159,6 +159,10 @@ class Table:
     def curve(self) -> list[float]:
         """Seconds of the target's share for 0, 1, … drafts, at level 1."""
         if self._curve is None:
+            known = [seconds for seconds in self.target if seconds is not None]
+            if len(known) == DEEPEST + 1 and all(a <= b for a, b in pairwise(known)):
+                self._curve = known
+                return known
             # What all depths' errors have in common doesn't say which of two has to give way to the other.
             most = max(range(DEEPEST + 1), key=self.samples.__getitem__)
             variance = [self.joint.of_ratio(k, most) + _LEAST_DOUBT for k in range(DEEPEST + 1)]
@@ -446,9 +450,6 @@ def _through(known: Sequence[float | None], variance: Sequence[float], prior: Se
     at = [k for k, s in enumerate(known) if s is not None]
     if not at:
         return list(prior)
-    points = [s for s in known if s is not None]
-    if len(points) == len(known) and all(a <= b for a, b in pairwise(points)):
-        return points
     values = dict(zip(at, _rising([known[k] or 0.0 for k in at], [1.0 / variance[k] for k in at]), strict=True))
     curve: list[float] = []
     for k in range(len(prior)):
