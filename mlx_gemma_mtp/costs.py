@@ -26,12 +26,8 @@ _UNKNOWN = 0.09  # of a share never measured
 _UNKNOWN_STEP = 0.25  # of the drafter's share before any round told it
 _MOVED, _MOVED_TOGETHER = 0.01, 0.5  # added when a table is carried over to other rows or another context, and its
 # share that all depths have in common
-_AGE, _AGE_TOKEN, _AGING, _OLD = (
-    2e-6,
-    1e-5,
-    32,
-    0.02,
-)  # added in each round (taken in at intervals of so many), and up to where
+_AGE, _AGE_TOKEN, _OLD = 2e-6, 1e-5, 0.02  # added in each round to both, and up to where,
+_AGING = 32  # taken in at intervals of so many rounds
 _DOUBTFUL = 0.023  # more than age makes of it: it was carried over twice, or once after long disuse
 _LEVEL_AGE = 1e-4
 _WINDOW = 16.0  # rounds that tell whether the level moves:
@@ -136,8 +132,9 @@ class Table:
         self.joint.grow_together(moved, _MOVED_TOGETHER * _MOVED)
         for k, _ in moved:
             self.joint.grow(k, (1.0 - _MOVED_TOGETHER) * _MOVED)
-            if self.joint.variance(k) > _UNKNOWN:
-                self.joint.reset(k, _UNKNOWN)
+            most = _UNKNOWN_STEP if k == _STEP else _UNKNOWN
+            if self.joint.variance(k) > most:
+                self.joint.reset(k, most)
 
     @property
     def variance(self) -> list[float]:
@@ -390,8 +387,8 @@ class CostModel:
         table.step = step
         table.target = [max(seconds - k * step, 0.1 * seconds) for k, seconds in enumerate(steady)]
         table.joint, table.samples = LevelFilter([_STORED] * (len(steady) + 1)), [_SURE] * len(steady)
-        table.joint.grow_together(table.further(), _STORED_TOKEN)
         table.changed()
+        table.joint.grow_together(table.further(), _STORED_TOKEN)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; `from_dict` reads it."""
@@ -422,6 +419,7 @@ class CostModel:
                 variances[k] -= common * weight**2
             table.joint = LevelFilter([*variances, step_variance])
             table.joint.grow_together(further, common)
+            table.changed()
             model._tables[table.rows, table.bucket] = table
         return model
 

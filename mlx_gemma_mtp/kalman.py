@@ -63,8 +63,8 @@ class LevelFilter:
         """Take in a sample of level x (weighted sum of costs): the gains of all costs, the level's, its new variance.
 
         `weights`: the costs in the sum, and their shares of it, which add up to 1. A mean should move by its gain times
-        (sample / expected - 1). Gains are None where those of the costs in the sum are next to
-        nothing: then no cost moves.
+        (sample / expected - 1). Gains are None where those of the costs in the sum are next to nothing: then
+        no cost moves.
         """
         costs, level = self._costs, self._level
         with_level, shared = level_variance, level

@@ -68,7 +68,7 @@ def test_a_profile_leaves_little_to_be_found_out(kind: str, rows: int) -> None:
         world = World(cost=KINDS[kind], rates=steady(rate), rows=rows, rounds=600)
         rates, best = [_run(world, seed, _tuned(world)).rate() for seed in range(4)], _best(world)[1]
         assert sum(rates) / 4 >= 0.97 * best
-        assert min(rates) >= 0.93 * best, "bad luck costs more in so few rounds"
+        assert min(rates) >= 0.94 * best, "bad luck costs more in so few rounds"
 
 
 @pytest.mark.parametrize("rows", [1, 4])
