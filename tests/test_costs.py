@@ -187,20 +187,6 @@ def test_a_new_request_trusts_the_others_as_far_as_they_were_alike(between: floa
     assert worth[0] <= sum(found) / len(found) <= worth[1]
 
 
-def test_a_machine_that_gets_slower_is_not_blamed_on_the_depth_in_use() -> None:
-    """Twice as slow, then as fast again, over and over, during long runs of 4 drafts: how depths compare stays."""
-    model, draw = CostModel(), random.Random(1)
-    seconds = [1e-3 * (3 + 2 * k) for k in range(9)]
-    model.store(1, 100, seconds, 0.001)
-    for phase in range(40):
-        for _ in range(30):
-            pace = (2.0 if phase % 2 else 1.0) * draw.uniform(0.9, 1.1)
-            model.observe(1, 4, 4, 100, seconds[4] * pace)
-    steady = model.table(1, 100).steady()
-    for k in (0, 2, 8):
-        assert steady[k] / steady[4] == pytest.approx(seconds[k] / seconds[4], rel=0.03)
-
-
 @pytest.mark.parametrize("wrong", [-0.01, math.nan, math.inf])
 def test_a_dump_with_impossible_variances_is_refused(wrong: float) -> None:
     model = CostModel()
