@@ -13,6 +13,7 @@ the target's own tokens, right with the probability --acceptance.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -20,7 +21,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -85,31 +86,52 @@ def random_pair(acceptance: float, new: int) -> tuple[Runtime, list[list[int]]]:
 
 
 class Watched(AdaptiveDepth):
-    """The policy with a clock that stands still while other arms have their turns, and the seconds that it takes."""
+    """The policy with a clock that stands still while other arms have their turns, and the seconds that it takes.
+
+    `waited`: those of them in which no round is on its way.
+    """
 
     def __init__(self, memory: DepthMemory) -> None:
-        self.away, self.took, self.rounds = 0.0, 0.0, Counter[tuple[int, int]]()
+        self.away, self.took, self.waited, self.rounds = 0.0, 0.0, 0.0, Counter[tuple[int, int]]()
+        self._begun = 0
         super().__init__(memory, clock=lambda: time.perf_counter() - self.away)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        took = time.perf_counter() - begin
+        self.took += took
+        if self._begun == 0:
+            self.waited += took
 
     def plan(self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]) -> list[int]:
         """See `DepthPolicy`."""
-        begin = time.perf_counter()
-        depths = super().plan(rows, width=width, context=context, compiled=compiled)
-        self.took += time.perf_counter() - begin
-        return depths
+        with self._timed():
+            return super().plan(rows, width=width, context=context, compiled=compiled)
 
-    def forget(self, request: int) -> None:
+    def begin(self) -> None:
         """See `DepthPolicy`."""
-        begin = time.perf_counter()
-        super().forget(request)
-        self.took += time.perf_counter() - begin
+        with self._timed():
+            super().begin()
+        self._begun += 1
+
+    def meanwhile(self) -> None:
+        """See `DepthPolicy`."""
+        with self._timed():
+            super().meanwhile()
 
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
         """See `DepthPolicy`."""
-        begin = time.perf_counter()
-        super().observe(shape, outcomes)
-        self.took += time.perf_counter() - begin
+        self._begun -= 1
+        with self._timed():
+            super().observe(shape, outcomes)
         self.rounds[shape.verified, shape.drafted] += 1
+
+    def forget(self, request: int) -> None:
+        """See `DepthPolicy`."""
+        with self._timed():
+            super().forget(request)
 
 
 @dataclass
@@ -150,12 +172,16 @@ class Racer:
 
 @dataclass
 class Found:
-    """Tokens and seconds of each repeat by arm; of auto also compilations, rounds and its policy's seconds."""
+    """Tokens and seconds of each repeat by arm; of auto also compilations, rounds and its policy's seconds.
+
+    `waited`: those of them in which no round is on its way.
+    """
 
     arms: dict[Arm, list[tuple[int, float]]]
     compiled: int = 0
     rounds: Counter[tuple[int, int]] = field(default_factory=Counter)
     policy: float = 0.0
+    waited: float = 0.0
 
 
 def race(
@@ -204,6 +230,7 @@ def measure(
         found.compiled += compiled
         found.rounds.update(policy.rounds)
         found.policy += policy.took
+        found.waited += policy.waited
     return found
 
 
@@ -230,6 +257,7 @@ def judge(found: Found) -> dict[str, Any]:
         "auto_compilations": found.compiled,
         "auto_rounds": {f"{verified}+{drafted}": n for (verified, drafted), n in found.rounds.most_common()},
         "policy_ms_per_round": round(1000 * found.policy / found.rounds.total(), 4),
+        "policy_ms_per_round_waited_for": round(1000 * found.waited / found.rounds.total(), 4),
     }
 
 
@@ -263,7 +291,10 @@ def main() -> None:
         told = found[rows] = judge(measure(runtime, everyone, rows, repeats, arms, args))
         print(f"batch {rows}: {told['auto_over_best']:.3f}x of best fixed ({told['best']}), ", end="")
         print(f"{told['auto_over_plain']:.3f}x of plain; {told['tokens_per_second']}; ", end="")
-        print(f"compilations {told['auto_compilations']}, policy {told['policy_ms_per_round']:.3f} ms a round")
+        print(
+            f"{told['auto_compilations']} compiled, policy {told['policy_ms_per_round']:.3f} ms a round, ", end=""
+        )
+        print(f"{told['policy_ms_per_round_waited_for']:.3f} of them waited for")
         print(f"  rounds (verified+drafted) {told['auto_rounds']}; expected before: {expected}")
     if args.out:
         record = {

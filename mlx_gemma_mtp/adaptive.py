@@ -21,7 +21,7 @@ from .round_clock import RoundClock, Timed
 _EVERY, _SELDOM = 8, 16  # rounds from one choice to the next, and at most: doubling while nothing changes
 _HARDLY_EVER = 32  # and where no text could change anything
 _HOPE = 1024  # rounds after which drafts are tried all the same
-_TOGETHER = 16  # rounds that are taken in at once
+_TOGETHER = 16  # rounds that are taken in at once, where no choice comes next
 _GAIN = 1.015  # how much better another depth has to be, in two choices in a row,
 _GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.01  # than plain decoding, and plain decoding than it
 _MUCH, _CLEARLY = 1.03, 1.25  # better by so much, other depths may be worth trying, or it is taken at once
@@ -141,11 +141,16 @@ class AdaptiveDepth:
         """See `DepthPolicy`."""
         self._rounds.begin()
 
+    def meanwhile(self) -> None:
+        """See `DepthPolicy`."""
+        # Many together: between rounds, what is read for it has left the processor's caches.
+        if len(self._rounds) >= _TOGETHER or self._wait <= 1:
+            self._learn()
+
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
         """See `DepthPolicy`."""
         self._rounds.end(shape, outcomes)
-        # Many together: between rounds, what is read for it has left the processor's caches.
-        if len(self._rounds) >= _TOGETHER or not self._running:
+        if not self._running:
             self._learn()
 
     def _learn(self) -> None:
@@ -249,7 +254,7 @@ class AdaptiveDepth:
             self._chosen, self._view, self._latest = place.depth, None, (rows, table)
             return self._chosen
         self._learn()
-        if not any(table.target[k] is not None for k in DEPTHS):
+        if not any(table.known(k) for k in DEPTHS):
             return least
         return self._choose(rows, table, compiled, least, fresh=fresh, moved=moved, most=most)
 
@@ -268,7 +273,7 @@ class AdaptiveDepth:
         view = self._view = self._look(rows, table, least)
         place = self._place(table, view, compiled, fresh=fresh)
         place.unseen = 0
-        changed = place.depth == 0 and self._predictability.changed()
+        changed = place.depth == 0 and most >= DEEPEST and self._predictability.changed()
         news = self._news
         if news or changed:
             place.renew(_WAIT if changed else _NEWS_WAIT)
@@ -335,14 +340,15 @@ class AdaptiveDepth:
             return None
         # If it was only drafts that have become so much dearer, plain decoding may pay by now.
         moved = view.level / place.level > max(_PLAIN_LEVEL, rate / view.rates[0])
-        if current > 0 and view.least == 0 and (moved or place.due[0] <= place.rounds):
+        belied = table.belied(0)
+        if current > 0 and view.least == 0 and (moved or belied or place.due[0] <= place.rounds):
             # Costs that grow with the context, say, would else go unseen: all depths' look alike from within.
-            doubtful = table.samples[0] < _PLAIN_SAMPLES or not table.measured(0)
+            doubtful = belied or table.samples[0] < _PLAIN_SAMPLES or not table.measured(0)
             # The first plain rounds behind others are not launched ahead, which the usual ones may be.
             rounds = 3 if doubtful else 1 if {(current, 0), (0, current)} <= table.seen else 2
             # By what is known of a level that is over, or by a profile that is off, it might never be worth its price:
             # then it has none.
-            free = moved or (doubtful and place.checks < _CHECKS)
+            free = moved or belied or (doubtful and place.checks < _CHECKS)
             loss = 0.0 if free else max(self._loss(view, table, compiled, current, 0, rounds), 0.0)
             again = min(int(_PLAIN_AGAIN * (rate / view.rates[0]) ** 2), _PLAIN_LATEST)
             if loss <= self._memory.purse:

@@ -229,6 +229,10 @@ class Table:
             return "all" if raised and sure else "depth"
         return "depth" if count >= (_LASTING if sure else _SURPRISES) else "no"
 
+    def belied(self, k: int) -> bool:
+        """Whether the last round of k drafts was cheaper by far than expected, which no other work makes it."""
+        return self._surprises[k] < 0
+
     def doubt(self, verified: int) -> None:
         """A depth's share has changed: so have those of other blocks measured when it was, and never since."""
         self.joint.reset(verified, _OLD)

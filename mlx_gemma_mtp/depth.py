@@ -66,6 +66,7 @@ class DepthPolicy(Protocol):
 
     For each round: `plan`, then `begin` when it is handed to the device, then `observe` when its tokens are known. A
     later round may be planned and begun before an earlier one is observed; rounds are observed in their order.
+    `meanwhile` comes between `begin` and `observe`: what takes time is best done there.
     """
 
     @property
@@ -84,6 +85,9 @@ class DepthPolicy(Protocol):
 
     def begin(self) -> None:
         """A round is handed to the device now."""
+
+    def meanwhile(self) -> None:
+        """A round is on its way, and nothing waits for the policy."""
 
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
         """The oldest round begun and not observed is over."""
@@ -113,6 +117,9 @@ class FixedDepth:
 
     def begin(self) -> None:
         """Nothing to note."""
+
+    def meanwhile(self) -> None:
+        """Nothing to learn."""
 
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
         """Nothing to learn."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from .depth import RoundShape, RowOutcome
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timed:
+class Timed(NamedTuple):
     """A round that is over. `seconds` is worth learning from if it is `fair`.
 
     `behind`: it was launched before the round before it was over; `ahead`: the one after it was, too.
@@ -44,7 +43,7 @@ class RoundClock:
         """Rounds on their way have failed: nothing will be told of them."""
         if self._over and self._over[-1].ahead:
             # The end of its chain, as far as it goes.
-            self._over[-1] = replace(self._over[-1], behind=True, ahead=False)
+            self._over[-1] = self._over[-1]._replace(behind=True, ahead=False)
         self._begun.clear()
         self._behind = False
 
@@ -84,7 +83,7 @@ def _shared(chain: list[Timed]) -> list[Timed]:
     kinds = {(t.shape.rows, t.shape.verified, t.shape.drafted) for t in chain}
     if len(chain) > 1 and not chain[0].behind and not chain[-1].ahead:
         if len(kinds) > 1 or not all(t.shape.settled for t in chain):
-            return [replace(t, fair=False) for t in chain]
+            return [t._replace(fair=False) for t in chain]
         mean = sum(t.seconds for t in chain) / len(chain)
-        return [replace(t, seconds=mean) for t in chain]
-    return [t if t.behind == t.ahead else replace(t, fair=False) for t in chain]
+        return [t._replace(seconds=mean) for t in chain]
+    return [t if t.behind == t.ahead else t._replace(fair=False) for t in chain]

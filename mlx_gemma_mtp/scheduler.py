@@ -363,6 +363,7 @@ class Scheduler:
                 launched = replace(launched, traced=launched.traced or self._ahead.traced)
             else:
                 self._planned = plan
+        self._depth.meanwhile()
         return self._land(launched)
 
     def _settle(self) -> list[TokenEvent]:

@@ -135,6 +135,7 @@ class World:
             told = RoundShape(
                 rows=self.rows, verified=shape[0], drafted=shape[1], context=self._context(t), settled=settled
             )
+            policy.meanwhile()
             waiting.append((device, told, outcomes))
             if len(waiting) > self.lag:
                 _deliver(waiting, policy, clock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -366,11 +367,19 @@ class _Noting(FixedDepth):
     outcomes: list[RowOutcome] = field(default_factory=list)
     forgotten: list[int] = field(default_factory=list)
     aborted: list[bool] = field(default_factory=list)
+    rounds: list[str] = field(default_factory=list)
 
     def abort(self) -> None:
         self.aborted.append(True)
 
+    def begin(self) -> None:
+        self.rounds.append("begin")
+
+    def meanwhile(self) -> None:
+        self.rounds.append("meanwhile")
+
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
+        self.rounds.append("observe")
         self.outcomes.extend(outcomes)
 
     def forget(self, request: int) -> None:
@@ -395,6 +404,22 @@ def test_the_policy_hears_of_drafts_up_to_the_end_and_not_behind_it(pipelined: s
     assert any(o.offered > len(o.tokens) for o in policy.outcomes)
     accepted = sum(o.accepted for o in policy.outcomes)
     assert 0 < accepted <= sum(s.accepted for s in stats)
+
+
+@pytest.mark.parametrize("pipelined", ["all", "plain", "none"])
+def test_the_policy_has_time_while_a_round_is_on_its_way(pipelined: str) -> None:
+    policy = _Noting(3)
+    scheduler = _scheduler(policy=policy, pipelined=pipelined)
+    scheduler.add(Request(prompt=[1, 2], max_tokens=40))
+    _drain(scheduler, {}, {})
+    begun, most, told = 0, 0, policy.rounds
+    for what, then in pairwise([*told, "end"]):
+        begun += {"begin": 1, "observe": -1}.get(what, 0)
+        most = max(most, begun)
+        assert what != "meanwhile" or (begun > 0 and then == "observe")
+    assert begun == 0
+    assert most == (2 if pipelined == "all" else 1)
+    assert told.count("observe") == told.count("meanwhile") == told.count("begin") > 5
 
 
 def test_the_policy_forgets_every_request_that_is_over() -> None:
