@@ -291,9 +291,7 @@ def main() -> None:
         told = found[rows] = judge(measure(runtime, everyone, rows, repeats, arms, args))
         print(f"batch {rows}: {told['auto_over_best']:.3f}x of best fixed ({told['best']}), ", end="")
         print(f"{told['auto_over_plain']:.3f}x of plain; {told['tokens_per_second']}; ", end="")
-        print(
-            f"{told['auto_compilations']} compiled, policy {told['policy_ms_per_round']:.3f} ms a round, ", end=""
-        )
+        print(f"{told['auto_compilations']} compiled, policy {told['policy_ms_per_round']:.3f} ms a round, ", end="")
         print(f"{told['policy_ms_per_round_waited_for']:.3f} of them waited for")
         print(f"  rounds (verified+drafted) {told['auto_rounds']}; expected before: {expected}")
     if args.out:
