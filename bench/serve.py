@@ -166,6 +166,8 @@ def started(pair: Pair, args: argparse.Namespace, preload: Path | None, run: Run
                 python = args.peers_python if library == "mlx-vlm" else sys.executable
                 command = [python, str(Path(__file__).with_name("serving.py")), library]
                 command += ["--target", str(copies[library]), "--drafter", str(pair.drafter), "--depth", depth]
+                if arm == OURS and args.tune_seconds:
+                    command += ["--tune-seconds", str(args.tune_seconds)]
                 try:
                     workers[arm] = Worker(command, preload)
                     run.about[library] = workers[arm].about
@@ -399,6 +401,7 @@ def record(
         "apart_s": APART_S,
         "poisson": {"requests": args.poisson, "per_second": args.rate, "seed": 0},
         "depth": {OURS: args.depth, VLM_MTP: args.peer_depth},
+        "tune_seconds": args.tune_seconds,
         "repeats": args.repeats,
         "checks": checks(runs),
         "runs": {
@@ -429,6 +432,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pair", metavar="DIR", help="the target, or a directory with target/ (default: the demo pair)")
     add("--drafter", metavar="DIR", help="the drafter (default: beside the target)")
     add("--depth", default="auto", help="our drafts per round (default: %(default)s)")
+    add("--tune-seconds", type=float, default=0.0, help="measure costs first, as `tune` does (default: not)")
     add("--peer-depth", type=int, default=3, help="mlx-vlm's drafts per round (default: %(default)s)")
     add("--blas", default="mlx,openblas", help="which to measure with (default: %(default)s)")
     add("--scenarios", default="batch,apart,poisson,acceptance", help="which to measure (default: %(default)s)")

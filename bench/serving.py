@@ -51,6 +51,10 @@ class Ours:
         self._new_engine, self._rows = Engine, 0
         self._engine: Any = None
 
+    def tune(self, seconds: float) -> None:
+        """Measure what rounds cost, as the command does."""
+        self._runtime.tune(seconds=seconds)
+
     def serve(self, prompts: list[list[int]], new: int, arrivals: list[float], rows: int) -> dict[str, Any]:
         """One engine for all runs with the same number of rows."""
         if self._engine is None or rows != self._rows:
@@ -288,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", required=True)
     parser.add_argument("--drafter")
     parser.add_argument("--depth", default="0")
+    parser.add_argument("--tune-seconds", type=float, default=0.0)
     args = parser.parse_args(argv)
     # The driver ends workers so; a server of this one's has to end, too.
     signal.signal(signal.SIGTERM, _exit)
@@ -301,6 +306,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         arm = LIBRARIES[args.library](args.target, args.drafter, args.depth)
+        if args.tune_seconds and isinstance(arm, Ours):
+            arm.tune(args.tune_seconds)
         say(about(("mlx", "mlx-lm", "mlx-vlm", "mlx-gemma-mtp", "transformers")))
     except Exception:
         say({"error": traceback.format_exc()})

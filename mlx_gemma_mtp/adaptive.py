@@ -55,6 +55,7 @@ class _Place:
     level: float  # of the machine when plain decoding was last measured here, or was to be
     rounds: int = 0
     checks: int = 0  # of plain decoding
+    belied: int = -1  # samples of it at its last check, if that was because the last one was so much cheaper
     unseen: int = 0  # requests that began at `depth` without a look, since the last one
     rival: int = 0  # whether a deeper (1) or a shallower depth (-1) was better in the last choice
     hope: int = _HOPE  # round at which drafts are tried though no acceptance would make them pay
@@ -340,7 +341,8 @@ class AdaptiveDepth:
             return None
         # If it was only drafts that have become so much dearer, plain decoding may pay by now.
         moved = view.level / place.level > max(_PLAIN_LEVEL, rate / view.rates[0])
-        belied = table.belied(0)
+        # Where no check is worth learning from, one is all.
+        belied = table.belied(0) and place.belied != table.samples[0]
         if current > 0 and view.least == 0 and (moved or belied or place.due[0] <= place.rounds):
             # Costs that grow with the context, say, would else go unseen: all depths' look alike from within.
             doubtful = belied or table.samples[0] < _PLAIN_SAMPLES or not table.measured(0)
@@ -354,6 +356,7 @@ class AdaptiveDepth:
             if loss <= self._memory.purse:
                 self._memory.purse -= loss
                 place.level, place.checks = view.level, place.checks + 1
+                place.belied = table.samples[0] if belied else place.belied
                 place.due[0] = place.rounds + (min(_PLAIN_SOON, again) if doubtful else again)
                 return _Trial(table, 0, rounds)
             if not doubtful and rate < _PLAIN_FAR * view.rates[0]:

@@ -313,9 +313,20 @@ def greeting(rt: Runtime, options: Options, port: int) -> str:
             f"memory: {_size(weights)} of weights; K/V {_size(kv * 1000)} per 1,000 tokens, at most {_size(row)} for a "
             f"request of {rt.config.max_positions:,} tokens, {options.max_batch} at a time; at most "
             f"{_size(options.prefix_cache)} for prefixes",
+            f"drafts: {_drafts(rt, options)}",
             f"try: curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
         ]
     )
+
+
+def _drafts(rt: Runtime, options: Options) -> str:
+    if rt.info()["drafter"] is None:
+        return "none, as there is no drafter"
+    if options.depth != "auto":
+        return f"{options.depth} a round"
+    if rt.depth_memory.costs.stored:
+        return "as many as pay, by costs that were measured here"
+    return "as many as pay, which is learned while serving; `mlx-gemma-mtp tune` measures it once for all"
 
 
 def _size(count: float) -> str:
