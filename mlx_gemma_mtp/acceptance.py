@@ -24,8 +24,10 @@ _LATEST = 8.0  # samples that can belie a rate
 _ERRORS = 3.0 / math.sqrt(2.0 * _LATEST)  # by how many of a draft's spreads they then differ: 3 standard errors
 _LEAST_SPREAD = math.sqrt(0.05 * 0.95)
 _LEAST_JUMP = _ERRORS * _LEAST_SPREAD
-_OTHERS = 0.2  # standard deviation between requests, as long as few have told it:
+_OTHERS = 0.25  # variance between requests, in that of a draft, as long as few have told it:
 _OTHERS_WORTH, _OTHERS_KEPT = 3.0, 0.97  # requests that this is worth, and the share of the others that the next leaves
+_LEAST_VARIANCE = 0.01  # of a draft
+_NONE = 0, 0.0, 0.0, 0.0
 _LEAST_OTHERS, _MOST_OTHERS = 0.0025, 0.0225  # what it is taken for where a position was never reached
 _ENOUGH, _HALF, _TOLD = 8, 20, 60  # drafts from which a request tells it, with which it is worth half, and after which
 # it has told enough: all requests' rates then follow its own
@@ -84,24 +86,34 @@ class Rate:
 
 
 class Spread:
-    """How far requests lie apart: the variance of their rates, which outlives each of them."""
+    """How far requests lie apart: the variance of their rates, in that of one draft, which outlives each of them.
+
+    So told, it holds for rates of any height: next to 1 no rate can lie far from another.
+    """
 
     def __init__(self) -> None:
-        self._weight, self.variance = _OTHERS_WORTH, _OTHERS**2
+        self._weight, self.share = _OTHERS_WORTH, _OTHERS
 
-    def add(self, drafts: int, excess: float, chance: float) -> None:
+    def add(self, drafts: int, excess: float, chance: float, lever: float) -> None:
         """A request is over: of its `drafts`, `excess` more were kept than all requests' rates say.
 
-        `chance`: the variance that this would have if all requests were alike.
+        `chance`: the variance that this would have if all requests were alike; `lever`: the sum of the drafts'
+        standard deviations, by which the excess grows if all positions' rates are off by a share of theirs.
         """
         if drafts >= _ENOUGH:
             weight = drafts / (drafts + _HALF)
             self._weight = self._weight * _OTHERS_KEPT + weight
-            self.variance += ((excess**2 - chance) / drafts**2 - self.variance) * weight / self._weight
+            told = min((excess**2 - chance) / lever**2, 1.0)
+            self.share += (told - self.share) * weight / self._weight
 
-    def start(self, rate: float) -> float:
+    @property
+    def start(self) -> float:
         """What the rate of all requests is worth to a new one, in own samples."""
-        return min(max(rate * (1.0 - rate) / max(self.variance, 1e-6), _START), _START_MOST)
+        return min(max(1.0 / max(self.share, 1e-6), _START), _START_MOST)
+
+    def variance(self, rate: float) -> float:
+        """Of a request's rate, where all requests' is this."""
+        return min(max(self.share * rate * (1.0 - rate), _LEAST_OTHERS), _MOST_OTHERS)
 
 
 class AcceptanceModel:
@@ -109,7 +121,7 @@ class AcceptanceModel:
 
     def __init__(self, rates: Sequence[tuple[float, float]] = (), spread: Spread | None = None) -> None:
         self._now, self._spread = 0, Spread() if spread is None else spread
-        self._sums: dict[int, tuple[int, float, float]] = {}
+        self._sums: dict[int, tuple[int, float, float, float]] = {}
         self._all = [Rate(mean, weight, _ALL, 0) for mean, weight in rates]
         self._reached = [0] * POSITIONS
         self._told: dict[int | None, tuple[list[int], list[int]]] = {}
@@ -142,7 +154,7 @@ class AcceptanceModel:
         now, reaching, kept = self._now, [0] * POSITIONS, [0] * POSITIONS
         for request, (tried, accepted) in self._told.items():
             own = [] if request is None else self._own.setdefault(request, [])
-            drafts, excess, chance = (0, 0.0, 0.0) if request is None else self._sums.get(request, (0, 0.0, 0.0))
+            drafts, excess, chance, lever = self._sums.get(-1 if request is None else request, _NONE)
             _from_the_end(tried)
             _from_the_end(accepted)
             for i, count in enumerate(tried):
@@ -150,7 +162,7 @@ class AcceptanceModel:
                     break
                 if i == len(own):
                     guess = self._guess([r.mean for r in own], i)
-                    start = self._spread.start(guess) if self._all else _START_ALONE
+                    start = self._spread.start if self._all else _START_ALONE
                     own.append(Rate(guess, start, _OWN, now))
                 jump = own[i].add(accepted[i] / count, count, now)
                 for rate in own[i + 1 :] if jump else ():
@@ -160,9 +172,10 @@ class AcceptanceModel:
                 if i < len(self._all) and drafts < _TOLD:
                     usual = self._all[i].mean
                     drafts, excess = drafts + count, excess + accepted[i] - count * usual
-                    chance += count * usual * (1.0 - usual)
+                    usual = max(usual * (1.0 - usual), _LEAST_VARIANCE)
+                    chance, lever = chance + count * usual, lever + count * math.sqrt(usual)
             if request is not None:
-                self._sums[request] = drafts, excess, chance
+                self._sums[request] = drafts, excess, chance, lever
         self._told.clear()
         for i, count in enumerate(reaching):
             if not count:
@@ -224,15 +237,16 @@ class AcceptanceModel:
                 count[i] += 1
                 weights[i] += rate.weight(self._now)
                 spreads[i] += rate.spread()
-        found, others = [], min(max(self._spread.variance, _LEAST_OTHERS), _MOST_OTHERS)
+        found, spread = [], self._spread
         for i, of in enumerate(count):
             if of:
                 variance = (spreads[i] / of) ** 2 / weights[i]
             elif i < len(self._all):
                 everyone = self._all[i]
-                variance = everyone.spread() ** 2 / max(everyone.weight(self._now), _START) + others
+                variance = everyone.spread() ** 2 / max(everyone.weight(self._now), _START)
+                variance += spread.variance(everyone.mean)
             else:
-                variance = 0.25 / _START + others
+                variance = 0.25 / _START + spread.variance(0.5)
             found.append(math.sqrt(variance + self._drift(i) ** 2))
         return found
 

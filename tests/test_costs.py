@@ -183,7 +183,7 @@ def test_a_new_request_trusts_the_others_as_far_as_they_were_alike(between: floa
                 model.observe(request, 3, accepted)
                 model.tick()
             model.forget(request)
-        found.append(spread.start(0.7))
+        found.append(spread.start)
     assert worth[0] <= sum(found) / len(found) <= worth[1]
 
 
