@@ -88,7 +88,7 @@ def random_pair(acceptance: float, new: int) -> tuple[Runtime, list[list[int]]]:
 class Watched(AdaptiveDepth):
     """The policy with a clock that stands still while other arms have their turns, and the seconds that it takes.
 
-    `waited`: those of them in which no round is on its way.
+    `waited`: those of them in which no round is on its way (begun and not observed; a CPU may be done with it already).
     """
 
     def __init__(self, memory: DepthMemory) -> None:
@@ -132,6 +132,11 @@ class Watched(AdaptiveDepth):
         """See `DepthPolicy`."""
         with self._timed():
             super().forget(request)
+
+    def abort(self) -> None:
+        """See `DepthPolicy`."""
+        self._begun = 0
+        super().abort()
 
 
 @dataclass

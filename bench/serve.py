@@ -170,7 +170,7 @@ def started(pair: Pair, args: argparse.Namespace, preload: Path | None, run: Run
                     command += ["--tune-seconds", str(args.tune_seconds)]
                 try:
                     workers[arm] = Worker(command, preload)
-                    run.about[library] = workers[arm].about
+                    run.about.setdefault(library, workers[arm].about)
                 except WorkerError as error:
                     run.left_out[arm] = str(error)
             yield workers

@@ -51,9 +51,12 @@ class Ours:
         self._new_engine, self._rows = Engine, 0
         self._engine: Any = None
 
-    def tune(self, seconds: float) -> None:
-        """Measure what rounds cost, as the command does."""
-        self._runtime.tune(seconds=seconds)
+    def tune(self, seconds: float) -> str:
+        """Measure what rounds cost, as the command does, unless `seconds` is 0; where the costs come from."""
+        if seconds:
+            left_out = self._runtime.tune(seconds=seconds).left_out
+            return f"measured now, but (rows, context) {left_out}" if left_out else "measured now"
+        return "read from a profile" if self._runtime.depth_memory.costs.stored else "learned while serving"
 
     def serve(self, prompts: list[list[int]], new: int, arrivals: list[float], rows: int) -> dict[str, Any]:
         """One engine for all runs with the same number of rows."""
@@ -306,9 +309,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         arm = LIBRARIES[args.library](args.target, args.drafter, args.depth)
-        if args.tune_seconds and isinstance(arm, Ours):
-            arm.tune(args.tune_seconds)
-        say(about(("mlx", "mlx-lm", "mlx-vlm", "mlx-gemma-mtp", "transformers")))
+        costs = arm.tune(args.tune_seconds) if isinstance(arm, Ours) else ""
+        say({"costs": costs} | about(("mlx", "mlx-lm", "mlx-vlm", "mlx-gemma-mtp", "transformers")))
     except Exception:
         say({"error": traceback.format_exc()})
         return

@@ -55,7 +55,7 @@ class _Place:
     level: float  # of the machine when plain decoding was last measured here, or was to be
     rounds: int = 0
     checks: int = 0  # of plain decoding
-    belied: int = -1  # samples of it at its last check, if that was because the last one was so much cheaper
+    again: bool = False  # whether the last one came because plain decoding had just been so much cheaper than expected
     unseen: int = 0  # requests that began at `depth` without a look, since the last one
     rival: int = 0  # whether a deeper (1) or a shallower depth (-1) was better in the last choice
     hope: int = _HOPE  # round at which drafts are tried though no acceptance would make them pay
@@ -145,7 +145,7 @@ class AdaptiveDepth:
     def meanwhile(self) -> None:
         """See `DepthPolicy`."""
         # Many together: between rounds, what is read for it has left the processor's caches.
-        if len(self._rounds) >= _TOGETHER or self._wait <= 1:
+        if len(self._rounds) >= _TOGETHER or self._wait == 1:
             self._learn()
 
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
@@ -341,8 +341,7 @@ class AdaptiveDepth:
             return None
         # If it was only drafts that have become so much dearer, plain decoding may pay by now.
         moved = view.level / place.level > max(_PLAIN_LEVEL, rate / view.rates[0])
-        # Where no check is worth learning from, one is all.
-        belied = table.belied(0) and place.belied != table.samples[0]
+        belied = table.belied and not place.again
         if current > 0 and view.least == 0 and (moved or belied or place.due[0] <= place.rounds):
             # Costs that grow with the context, say, would else go unseen: all depths' look alike from within.
             doubtful = belied or table.samples[0] < _PLAIN_SAMPLES or not table.measured(0)
@@ -355,8 +354,8 @@ class AdaptiveDepth:
             again = min(int(_PLAIN_AGAIN * (rate / view.rates[0]) ** 2), _PLAIN_LATEST)
             if loss <= self._memory.purse:
                 self._memory.purse -= loss
-                place.level, place.checks = view.level, place.checks + 1
-                place.belied = table.samples[0] if belied else place.belied
+                place.level, place.again = view.level, belied
+                place.checks += not belied
                 place.due[0] = place.rounds + (min(_PLAIN_SOON, again) if doubtful else again)
                 return _Trial(table, 0, rounds)
             if not doubtful and rate < _PLAIN_FAR * view.rates[0]:

@@ -113,6 +113,8 @@ class Table:
         self.step = facts.step(rows, context)
         self.seen: set[tuple[int, int]] = set()
         self._surprises = [0] * (DEEPEST + 1)
+        self.belied = False
+        """Whether the last plain round was cheaper by far than expected, and only a part of that was believed."""
         self._last, self._streak, self._visit, self._age = -1, 0, 0, 0
         self._visits = [_Visit() for _ in range(DEEPEST + 1)]
         self._curve: list[float] | None = None
@@ -228,10 +230,6 @@ class Table:
         if count <= -_SURPRISES:
             return "all" if raised and sure else "depth"
         return "depth" if count >= (_LASTING if sure else _SURPRISES) else "no"
-
-    def belied(self, k: int) -> bool:
-        """Whether the last round of k drafts was cheaper by far than expected, which no other work makes it."""
-        return self._surprises[k] < 0
 
     def doubt(self, verified: int) -> None:
         """A depth's share has changed: so have those of other blocks measured when it was, and never since."""
@@ -378,6 +376,8 @@ class CostModel:
             self._level_variance += _UNKNOWN
         elif changed == "depth":
             table.doubt(verified)
+        if verified == drafted == 0:
+            table.belied = residual > seconds - expected
         self._usual += _USUAL * (min(self.level, 2.0 * self._usual) - self._usual)
         self._share(table, verified, drafted, residual)
 

@@ -326,7 +326,7 @@ def _drafts(rt: Runtime, options: Options) -> str:
         return f"{options.depth} a round"
     if rt.depth_memory.costs.stored:
         return "as many as pay, by costs that were measured here"
-    return "as many as pay, which is learned while serving; `mlx-gemma-mtp tune` measures it once for all"
+    return "as many as pay, which is learned while serving, or measured by `mlx-gemma-mtp tune` with the same model"
 
 
 def _size(count: float) -> str:

@@ -22,7 +22,7 @@ from .views import CacheSpec
 BATCHES = (1, 2, 4, 8)
 CONTEXTS = (256, 3000)
 _ROUNDS = 6  # timed at least, behind one that compiles,
-_QUICK, _MOST = 5.0, 60  # and up to so many within these seconds: a small pair's rounds are soon disturbed
+_QUICK, _MOST = 12.0, 120  # and up to so many within these seconds: a small pair's rounds are soon disturbed
 _QUIET = 3  # one in so many times of a round is shorter than the one that counts: other work only ever adds
 _AHEAD = 2  # rounds timed together where they are launched ahead
 _ROOM = 200  # tokens that come in each turn at most

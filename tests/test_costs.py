@@ -167,15 +167,20 @@ def test_a_draft_counts_in_its_own_round_only() -> None:
     assert model.rates == before
 
 
-@pytest.mark.parametrize(("between", "worth"), [(0.0, (25.0, 40.0)), (0.25, (2.0, 6.5))])
-def test_a_new_request_trusts_the_others_as_far_as_they_were_alike(between: float, worth: tuple[float, float]) -> None:
+@pytest.mark.parametrize(
+    ("usual", "between", "requests", "worth"),
+    [(0.7, 0.0, 40, (25.0, 40.0)), (0.7, 0.25, 40, (2.0, 6.5)), (0.97, 0.0, 20, (20.0, 40.0))],
+)
+def test_a_new_request_trusts_the_others_as_far_as_they_were_alike(
+    usual: float, between: float, requests: int, worth: tuple[float, float]
+) -> None:
     """Requests whose rates lie `between` (standard deviation) apart: what the mean of all is worth in own samples."""
     found = []
     for seed in range(10):
         draw, spread = random.Random(seed), Spread()
-        model = AcceptanceModel([(0.7, 100.0)], spread)
-        for request in range(40):
-            rate = min(max(draw.gauss(0.7, between), 0.05), 0.95)
+        model = AcceptanceModel([(usual, 100.0)], spread)
+        for request in range(requests):
+            rate = min(max(draw.gauss(usual, between), 0.05), 0.97)
             for _ in range(15):
                 accepted = 0
                 while accepted < 3 and draw.random() < rate:
@@ -185,6 +190,36 @@ def test_a_new_request_trusts_the_others_as_far_as_they_were_alike(between: floa
             model.forget(request)
         found.append(spread.start)
     assert worth[0] <= sum(found) / len(found) <= worth[1]
+
+
+def test_how_far_requests_lie_apart_is_told_by_each_that_ends() -> None:
+    spread = Spread()
+    assert spread.start == 4.0
+    spread.add(7, -7.0, 0.1, 1.0)  # too few drafts
+    assert spread.start == 4.0
+    # 40 drafts that are kept 9 times of 10, 6 more were lost: (36 - 3.6) / 12^2, with the weight 2/3 beside 2.91.
+    spread.add(40, -6.0, 3.6, 12.0)
+    assert spread.share == pytest.approx((2.91 * 0.25 + 2 / 3 * 0.225) / (2.91 + 2 / 3))
+    assert spread.start == pytest.approx(1 / spread.share)
+    assert spread.variance(0.9) == pytest.approx(0.09 * spread.share)
+    assert spread.variance(0.999) == 0.0025, "never nothing"
+
+
+def test_a_plain_round_far_cheaper_than_expected_belies_its_cost_until_it_is_believed() -> None:
+    model = _learnt()
+    for _ in range(20):
+        model.observe(1, 3, 3, 100, 0.028)
+    assert not model.table(1, 100).belied
+    model.observe(1, 0, 0, 100, 0.03)
+    assert not model.table(1, 100).belied, "dearer: other work does that"
+    model.observe(1, 3, 0, 100, 0.005)
+    assert not model.table(1, 100).belied, "no plain round"
+    model.observe(1, 0, 0, 100, 0.003)
+    assert model.table(1, 100).belied
+    for _ in range(3):
+        model.observe(1, 0, 0, 100, 0.003)
+    assert not model.table(1, 100).belied
+    assert model.seconds(1, 0, 0, 100) == pytest.approx(0.003, rel=0.2)
 
 
 @pytest.mark.parametrize("wrong", [-0.01, math.nan, math.inf])

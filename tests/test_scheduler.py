@@ -406,9 +406,11 @@ def test_the_policy_hears_of_drafts_up_to_the_end_and_not_behind_it(pipelined: s
     assert 0 < accepted <= sum(s.accepted for s in stats)
 
 
-@pytest.mark.parametrize("pipelined", ["all", "plain", "none"])
-def test_the_policy_has_time_while_a_round_is_on_its_way(pipelined: str) -> None:
-    policy = _Noting(3)
+@pytest.mark.parametrize(
+    ("pipelined", "depth", "ahead"), [("all", 3, 2), ("plain", 3, 1), ("plain", 0, 2), ("none", 0, 1)]
+)
+def test_the_policy_has_time_while_a_round_is_on_its_way(pipelined: str, depth: int, ahead: int) -> None:
+    policy = _Noting(depth)
     scheduler = _scheduler(policy=policy, pipelined=pipelined)
     scheduler.add(Request(prompt=[1, 2], max_tokens=40))
     _drain(scheduler, {}, {})
@@ -418,7 +420,7 @@ def test_the_policy_has_time_while_a_round_is_on_its_way(pipelined: str) -> None
         most = max(most, begun)
         assert what != "meanwhile" or (begun > 0 and then == "observe")
     assert begun == 0
-    assert most == (2 if pipelined == "all" else 1)
+    assert most == ahead
     assert told.count("observe") == told.count("meanwhile") == told.count("begin") > 5
 
 

@@ -271,7 +271,7 @@ def start(*options: str, **environment: str) -> tuple[subprocess.Popen[str], str
         stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
     )  # fmt: skip
     assert process.stderr is not None
-    said = [process.stderr.readline() for _ in range(4)]
+    said = [process.stderr.readline() for _ in range(5)]
     url = said[1].split(" at ")[1].split(" ")[0]
     for _ in range(200):
         try:
@@ -283,11 +283,12 @@ def start(*options: str, **environment: str) -> tuple[subprocess.Popen[str], str
 
 
 def test_the_command_says_how_to_use_it_and_drains_on_sigterm() -> None:
-    process, url, said = start("--log-prompts")
+    process, url, said = start("--log-prompts", "--depth", "3")
     try:
         assert "demo at http://127.0.0.1:" in said[1]
         assert "memory: 11.0 MB of weights" in said[2]
-        assert "curl http://127.0.0.1:" in said[3]
+        assert said[3] == "drafts: 3 a round\n"
+        assert "curl http://127.0.0.1:" in said[4]
         body = {"model": "demo", "messages": [STORY], "stream": True, "max_tokens": 300, "ignore_eos": True}
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
