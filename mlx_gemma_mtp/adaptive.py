@@ -23,7 +23,8 @@ _HARDLY_EVER = 32  # and where no text could change anything
 _HOPE = 1024  # rounds after which drafts are tried all the same
 _TOGETHER = 16  # rounds that are taken in at once, where no choice comes next
 _GAIN = 1.015  # how much better another depth has to be, in two choices in a row,
-_GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.01  # than plain decoding, and plain decoding than it
+_GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.01  # than plain decoding, and plain decoding than it,
+_RISK = 0.5  # by how many standard errors of its cost it then has to be better
 _MUCH, _CLEARLY = 1.03, 1.25  # better by so much, other depths may be worth trying, or it is taken at once
 _PLAIN_AGAIN = 64  # rounds of drafting after which plain decoding is measured again, times the square of the gain,
 _PLAIN_LATEST, _PLAIN_LEVEL = 512, 1.3  # but so many at most, and at once when the level has moved so far since
@@ -287,6 +288,9 @@ class AdaptiveDepth:
             (k for k in view.depths if table.measured(k) or k in (0, current, least)), key=view.rates.__getitem__
         )
         better = view.rates[best] / view.rates[current] if table.known(current) else _CLEARLY + 1.0
+        if current == 0 < best:
+            # Plain decoding is left for what is better, not for what may be.
+            better *= 1.0 - _RISK * view.error(best, 0)
         gain = _GAIN_OVER_PLAIN if current == 0 else _GAIN_OF_PLAIN if best == 0 else _GAIN
         rival = (best > current) - (best < current) if better > gain else 0
         sure = better > _CLEARLY or fresh or moved or rival == place.rival

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,6 +77,10 @@ class View:
         """Rates as good as they may well be."""
         off = model.deviations(self.requests)
         return self._at([max(min(a + _OPTIMISM * d, _BEST), a) for a, d in zip(self.acceptance, off, strict=True)])
+
+    def error(self, k: int, than: int) -> float:
+        """Standard error (relative) of how the cost of `k` drafts compares with that of `than`."""
+        return math.sqrt(self.table.joint.of_ratio(k, than))
 
     @property
     def hopeless(self) -> bool:
