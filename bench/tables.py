@@ -192,9 +192,17 @@ def conditions(name: str, record: Record) -> str:
     machine = record["machine"]
     versions = record.get("versions") or ({"mlx": record["mlx"]} if "mlx" in record else _versions(record))
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("mlx", "mlx-lm", "mlx-vlm") if name in versions)
-    repeats = f", {record['repeats']} repeats" if "repeats" in record else ""
+    repeats = f", {_repeats(record)} repeats" if "repeats" in record else ""
     where = f"{machine['chip']}, {machine['cores']} cores, {machine['os'].partition('-')[0]}"
     return f"{where}; {libraries}{repeats}: `bench/results/{name}`"
+
+
+def _repeats(record: Record) -> str:
+    """How many there were: of limits as many as there was time for, in each configuration."""
+    runs = record.get("runs", {}).values()
+    pairs = [pair for run in runs for pair in run.get("pairs", {}).values()]
+    counts = [c["repeats"] for pair in pairs for c in pair["configurations"]]
+    return f"{min(counts)} to {max(counts)}" if counts else str(record["repeats"])
 
 
 def _versions(record: Record) -> dict[str, str]:

@@ -57,7 +57,7 @@ def test_decode(tmp_path: Path) -> None:
 
 
 def test_limits(tmp_path: Path) -> None:
-    configurations = [{"batch": b, "depth": 3, "ratio": spread(0.9 + b / 100)} for b in (1, 8)]
+    configurations = [{"batch": b, "depth": 3, "ratio": spread(0.9 + b / 100), "repeats": 40 - b} for b in (1, 8)]
     pair = {"parameters": {"target": 60_000_000}, "configurations": configurations}
     save(
         tmp_path,
@@ -66,6 +66,7 @@ def test_limits(tmp_path: Path) -> None:
     )
     text = tables.rendered(put("limits"), tmp_path)
     assert "| random (60 M parameters), batch 8, OpenBLAS | 0.98     |" in text
+    assert "; mlx 1.2, 32 to 39 repeats: " in text
 
 
 def test_serve(tmp_path: Path) -> None:
