@@ -26,9 +26,9 @@ _LEAST_SPREAD = math.sqrt(0.05 * 0.95)
 _LEAST_JUMP = _ERRORS * _LEAST_SPREAD
 _OTHERS = 0.25  # variance between requests, in that of a draft, as long as few have told it:
 _OTHERS_WORTH, _OTHERS_KEPT = 3.0, 0.97  # requests that this is worth, and the share of the others that the next leaves
+_LEAST_OTHERS, _MOST_OTHERS = 0.0025, 0.0225  # of a rate, what it is taken for where a position was never reached
 _LEAST_VARIANCE = 0.01  # of a draft
-_NONE = 0, 0.0, 0.0, 0.0
-_LEAST_OTHERS, _MOST_OTHERS = 0.0025, 0.0225  # what it is taken for where a position was never reached
+_NONE = 0, 0.0, 0.0, 0.0  # drafts, excess, chance and lever of a request that has told nothing
 _ENOUGH, _HALF, _TOLD = 8, 20, 60  # drafts from which a request tells it, with which it is worth half, and after which
 # it has told enough: all requests' rates then follow its own
 _DRIFT, _STALE_DRIFT, _MOST_DRIFT = (
@@ -121,7 +121,7 @@ class AcceptanceModel:
 
     def __init__(self, rates: Sequence[tuple[float, float]] = (), spread: Spread | None = None) -> None:
         self._now, self._spread = 0, Spread() if spread is None else spread
-        self._sums: dict[int, tuple[int, float, float, float]] = {}
+        self._sums: dict[int | None, tuple[int, float, float, float]] = {}
         self._all = [Rate(mean, weight, _ALL, 0) for mean, weight in rates]
         self._reached = [0] * POSITIONS
         self._told: dict[int | None, tuple[list[int], list[int]]] = {}
@@ -154,7 +154,7 @@ class AcceptanceModel:
         now, reaching, kept = self._now, [0] * POSITIONS, [0] * POSITIONS
         for request, (tried, accepted) in self._told.items():
             own = [] if request is None else self._own.setdefault(request, [])
-            drafts, excess, chance, lever = self._sums.get(-1 if request is None else request, _NONE)
+            drafts, excess, chance, lever = self._sums.get(request, _NONE)
             _from_the_end(tried)
             _from_the_end(accepted)
             for i, count in enumerate(tried):

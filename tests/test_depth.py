@@ -286,6 +286,18 @@ def _growing(row: int, round_: int) -> Sequence[float]:
     return [0.8] * 8
 
 
+@pytest.mark.parametrize(("gain", "chosen"), [(1.03, 0), (1.15, 1)])
+def test_plain_decoding_is_left_for_what_is_surely_better(gain: float, chosen: int) -> None:
+    """A profile says that one draft gains so much; nothing is compiled but plain rounds, and none is measured."""
+    memory = DepthMemory(rates=[(0.9, 160.0)], trace=0.0)
+    memory.costs.store(1, 100, [0.01 * (1 if k == 0 else 1.9 * k / gain) for k in range(9)], 0.001)
+    policy = AdaptiveDepth(memory, clock=Clock())
+    for _ in range(4):
+        for _ in range(8):
+            policy.plan([RowState(request=0, cap=1000)], width=1, context=100, compiled=lambda k: k == 0)
+    assert policy.describe().depth == chosen
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_another_context_has_a_table_of_its_own(seed: int) -> None:
     """Verifying gets dear as the context grows: what paid at first is given up."""
