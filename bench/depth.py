@@ -13,7 +13,6 @@ the target's own tokens, right with the probability --acceptance.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
@@ -21,7 +20,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -96,42 +95,44 @@ class Watched(AdaptiveDepth):
         self._begun = 0
         super().__init__(memory, clock=lambda: time.perf_counter() - self.away)
 
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        took = time.perf_counter() - begin
-        self.took += took
+    def _spent(self, seconds: float) -> None:
+        self.took += seconds
         if self._begun == 0:
-            self.waited += took
+            self.waited += seconds
 
     def plan(self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]) -> list[int]:
         """See `DepthPolicy`."""
-        with self._timed():
-            return super().plan(rows, width=width, context=context, compiled=compiled)
+        begin = time.perf_counter()
+        depths = AdaptiveDepth.plan(self, rows, width=width, context=context, compiled=compiled)
+        self._spent(time.perf_counter() - begin)
+        return depths
 
     def begin(self) -> None:
         """See `DepthPolicy`."""
-        with self._timed():
-            super().begin()
+        begin = time.perf_counter()
+        AdaptiveDepth.begin(self)
+        self._spent(time.perf_counter() - begin)
         self._begun += 1
 
     def meanwhile(self) -> None:
         """See `DepthPolicy`."""
-        with self._timed():
-            super().meanwhile()
+        begin = time.perf_counter()
+        AdaptiveDepth.meanwhile(self)
+        self._spent(time.perf_counter() - begin)
 
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
         """See `DepthPolicy`."""
         self._begun -= 1
-        with self._timed():
-            super().observe(shape, outcomes)
+        begin = time.perf_counter()
+        AdaptiveDepth.observe(self, shape, outcomes)
+        self._spent(time.perf_counter() - begin)
         self.rounds[shape.verified, shape.drafted] += 1
 
     def forget(self, request: int) -> None:
         """See `DepthPolicy`."""
-        with self._timed():
-            super().forget(request)
+        begin = time.perf_counter()
+        AdaptiveDepth.forget(self, request)
+        self._spent(time.perf_counter() - begin)
 
     def abort(self) -> None:
         """See `DepthPolicy`."""

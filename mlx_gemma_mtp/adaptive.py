@@ -169,13 +169,13 @@ class AdaptiveDepth:
         self._ended.clear()
 
     def _take_in(self, timed: Timed) -> None:
-        shape, costs = timed.shape, self._costs
+        shape, costs, verified, drafted = timed.shape, self._costs, timed.shape.verified, timed.shape.drafted
         table = costs.table(shape.rows, shape.context)
-        expected = costs.level * table.seconds(shape.verified, shape.drafted)
-        new = not shape.settled or (shape.verified, shape.drafted) not in table.seen
+        expected = costs.level * table.seconds(verified, drafted)
+        new = not shape.settled or (verified, drafted) not in table.seen
         fair = shape.settled and timed.fair
-        costs.observe(shape.rows, shape.verified, shape.drafted, shape.context, timed.seconds, settled=fair)
-        if fair and shape.verified == shape.drafted == 0 and table in self._places:
+        costs.observe_in(table, verified, drafted, timed.seconds, settled=fair)
+        if fair and verified == drafted == 0 and table in self._places:
             self._places[table].level = costs.level
         if costs.measured:
             self._earn(shape, timed.seconds, expected, new=new)

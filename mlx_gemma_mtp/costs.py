@@ -244,23 +244,24 @@ class Table:
         self.joint.grow_together([(k, 1.0) for k in alike], _UNKNOWN)
 
     def learn(
-        self, verified: int, drafted: int, residual: float, level: float, level_variance: float
+        self, verified: int, drafted: int, expected: float, off: float, level_variance: float
     ) -> tuple[float, float, float]:
-        """Share a round's residual (seconds) out by what is least sure: the level's gain, correction and variance."""
+        """Share out by what is least sure how far a round was off: the level's gain, correction and variance.
+
+        `expected`: its seconds at level 1, `off`: a share of them.
+        """
         self.samples[verified] += 1
         if self.target[verified] is None:
             self.target[verified] = self.curve()[verified]
-        expected = self.seconds(verified, drafted)
-        weights = [(verified, 1.0 - drafted * self.step / expected)]
-        if drafted:
-            weights.append((_STEP, drafted * self.step / expected))
-        off = residual / (level * expected)
-        self._check(verified, off)
+        drafts = drafted * self.step / expected
+        weights = [(verified, 1.0 - drafts), (_STEP, drafts)] if drafted else [(verified, 1.0)]
+        if self._streak < _FIRST:
+            self._check(verified, off)
         gains, gain, level_variance = self.joint.observe(weights, level_variance, _NOISE)
         if gains is not None:
-            for k, seconds in enumerate(self.target):
-                if seconds is not None:
-                    self.target[k] = seconds * max(1.0 + gains[k] * off, 0.1)
+            self.target = [
+                s if s is None else s * max(1.0 + g * off, 0.1) for s, g in zip(self.target, gains, strict=False)
+            ]
             self.step *= max(1.0 + gains[_STEP] * off, 0.1)
             self._curve = None
         return gain, gain * off, level_variance
@@ -276,8 +277,7 @@ class Table:
                 if abs(visit.alike) >= (_ALIKE if k else _ALIKE_PLAIN):
                     self.joint.grow(k, _BELIED * self.joint.variance(k))
             visit.number, visit.rounds, visit.off, visit.variance = self._visit, 0, 0.0, 2.0 * self.joint.variance(k)
-        if self._streak < _FIRST:
-            visit.rounds, visit.off = visit.rounds + 1, visit.off + off
+        visit.rounds, visit.off = visit.rounds + 1, visit.off + off
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -333,7 +333,10 @@ class CostModel:
         self, rows: int, verified: int, drafted: int, context: int, seconds: float, *, settled: bool = True
     ) -> bool:
         """Learn from one round; whether it counted. It doesn't where it isn't settled or its shape is new."""
-        table = self.table(rows, context)
+        return self.observe_in(self.table(rows, context), verified, drafted, seconds, settled=settled)
+
+    def observe_in(self, table: Table, verified: int, drafted: int, seconds: float, *, settled: bool) -> bool:
+        """As `observe`, where the table of its shape is at hand."""
         shape = verified, drafted
         repeats = shape in table.seen
         table.seen.add(shape)
@@ -347,39 +350,37 @@ class CostModel:
         self._learn(table, verified, drafted, seconds)
         return True
 
-    def _share(self, table: Table, verified: int, drafted: int, residual: float) -> None:
-        """Share out by what of a round it was that took so long."""
-        if table.faded != self._faded:
-            table.joint.fade(math.exp(self._faded - table.faded))
-        gain, by, self._level_variance = table.learn(verified, drafted, residual, self.level, self._level_variance)
-        self._faded += math.log(max(1.0 - gain, 1e-6))
-        table.faded = self._faded
-        self.level *= max(1.0 + by, 0.1)
-
     def _learn(self, table: Table, verified: int, drafted: int, seconds: float) -> None:
         """From a round of a shape that was seen before."""
-        shape = verified, drafted
-        expected = self.level * table.seconds(*shape)
-        self._level_variance += _LEVEL_AGE + self._drift.variance(seconds / expected - 1.0)
+        rested = table.seconds(verified, drafted)
+        expected = self.level * rested
+        missed = seconds - expected
+        self._level_variance += _LEVEL_AGE + self._drift.variance(missed / expected)
         spread = math.sqrt(_NOISE + self._level_variance + table.joint.variance(verified))
         most = min(max(_CLAMP, _CLAMP_ERRORS * spread), _CLAMP_MOST) * expected
-        residual = min(max(seconds - expected, -most), most)
+        residual = min(max(missed, -most), most)
         if not table.known(verified):
             # A guess may be far off: clamped as usual, it would take many rounds to leave.
-            residual = min(seconds - expected, expected)
-        changed = table.surprise(verified, residual, seconds - expected, raised=self.level > _RAISED * self._usual)
+            residual = min(missed, expected)
+        changed = table.surprise(verified, residual, missed, raised=self.level > _RAISED * self._usual)
         if changed != "no":
-            residual = (
-                max(residual, min(seconds - expected, _JUMP * expected)) if seconds > expected else seconds - expected
-            )
+            residual = max(residual, min(missed, _JUMP * expected)) if missed > 0.0 else missed
         if changed == "all":
             self._level_variance += _UNKNOWN
         elif changed == "depth":
             table.doubt(verified)
         if verified == drafted == 0:
-            table.belied = residual > seconds - expected
+            table.belied = residual > missed
         self._usual += _USUAL * (min(self.level, 2.0 * self._usual) - self._usual)
-        self._share(table, verified, drafted, residual)
+        if table.faded != self._faded:
+            # Other tables have told the level meanwhile.
+            table.joint.fade(math.exp(self._faded - table.faded))
+        gain, by, self._level_variance = table.learn(
+            verified, drafted, rested, residual / expected, self._level_variance
+        )
+        self._faded += math.log(max(1.0 - gain, 1e-6))
+        table.faded = self._faded
+        self.level *= max(1.0 + by, 0.1)
 
     def store(self, rows: int, context: int, steady: Sequence[float], step: float) -> None:
         """Take over the seconds of rounds of 0, 1, … drafts as measured at rest; `step`: of one draft.

@@ -53,15 +53,13 @@ class RoundClock:
 
     def end(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
         """The oldest round on its way is over."""
-        now = self._clock()
-        seconds, last = 0.0, self._last
-        if self._begun:
-            begun = self._begun.popleft()
-            # From the end of the last round, unless there was a pause or a prefill between.
-            seconds = now - (last if 2.0 * (begun - last) < now - begun else begun)
-        behind, ahead = self._behind, bool(self._begun)
+        now, last, behind = self._clock(), self._last, self._behind
+        begun = self._begun.popleft() if self._begun else now
+        # From the end of the last round, unless there was a pause or a prefill between.
+        seconds = now - (last if 2.0 * (begun - last) < now - begun else begun)
+        ahead = bool(self._begun)
         self._last, self._behind = now, ahead
-        self._over.append(Timed(shape=shape, outcomes=outcomes, seconds=seconds, behind=behind, ahead=ahead))
+        self._over.append(Timed(shape, outcomes, seconds, behind, ahead))
 
     def take(self) -> list[Timed]:
         """The rounds that are over; the first of a chain stays until the next one is, too."""
@@ -71,6 +69,9 @@ class RoundClock:
         taken: list[Timed] = []
         chain: list[Timed] = []
         for timed in over:
+            if not (timed.behind or timed.ahead or chain):
+                taken.append(timed)
+                continue
             chain.append(timed)
             if not timed.ahead:
                 taken += _shared(chain)
