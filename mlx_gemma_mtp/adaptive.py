@@ -19,6 +19,7 @@ from .depth_view import DEPTHS, View
 from .round_clock import RoundClock, Timed
 
 _EVERY, _SELDOM = 8, 16  # rounds from one choice to the next, and at most: doubling while nothing changes
+_SOON = 4  # to the next choice when requests have joined
 _HARDLY_EVER = 32  # and where no text could change anything
 _HOPE = 1024  # rounds after which drafts are tried all the same
 _TOGETHER = 16  # rounds that are taken in at once, where no choice comes next
@@ -198,7 +199,7 @@ class AdaptiveDepth:
 
     def describe(self) -> DepthChoice:
         """What is chosen now, and why."""
-        if self._view is None and self._latest is not None:
+        if self._latest is not None:
             self._view = self._look(*self._latest)
             self._view.depth = self._chosen
         if self._view is None:
@@ -245,6 +246,13 @@ class AdaptiveDepth:
         if not fresh and (most < DEEPEST or (not (moved or self._news) and self._wait > 0)):
             return max(self._chosen, least)
         place = self._places.get(table)
+        if not fresh and self._wait > 0 and least == 0 and place is not None:
+            # Rows have come or gone: what was chosen last for so many goes on for some rounds.
+            sooner = max(self._wait - _SOON, 0) if self._news else 0
+            self._wait, self._every = self._wait - sooner, self._every - sooner
+            self._place_before = place
+            self._chosen, self._latest = place.depth, (rows, table)
+            return self._chosen
         if fresh and most >= DEEPEST and least == 0 and place is not None and place.unseen < _UNSEEN:
             # Nothing is known of these requests yet: what was chosen last here goes on for some rounds.
             place.unseen += 1
@@ -273,6 +281,7 @@ class AdaptiveDepth:
     ) -> int:
         """The depth of the best rate, or that of a trial."""
         view = self._view = self._look(rows, table, least)
+        self._latest = None
         place = self._place(table, view, compiled, fresh=fresh)
         place.unseen = 0
         changed = place.depth == 0 and most >= DEEPEST and self._predictability.changed()
