@@ -71,9 +71,11 @@ class Rate:
 
     def add_mean(self, accepted: float, count: int, now: int) -> None:
         """Count `count` drafts, of which the share `accepted` was, whatever the last ones tell."""
-        self._weight = min(self.weight(now) + count, self._memory)
-        self._stamp = now
-        self.mean += (accepted - self.mean) * min(count / self._weight, 1.0)
+        weight = self._weight
+        if now != self._stamp:
+            weight, self._stamp = self.weight(now), now
+        self._weight = weight = min(weight + count, self._memory)
+        self.mean += (accepted - self.mean) * (count / weight if count < weight else 1.0)
 
     def shift(self, by: float) -> None:
         """Move the mean, and trust it less."""
@@ -152,6 +154,9 @@ class AcceptanceModel:
         """So many rounds are over: the rates take them in, and what they told nothing of grows older."""
         self._known.clear()
         now, reaching, kept = self._now, [0] * POSITIONS, [0] * POSITIONS
+        usual = [rate.mean for rate in self._all]
+        chances = [max(mean * (1.0 - mean), _LEAST_VARIANCE) for mean in usual]
+        levers = [math.sqrt(chance) for chance in chances]
         for request, (tried, accepted) in self._told.items():
             own = [] if request is None else self._own.setdefault(request, [])
             drafts, excess, chance, lever = self._sums.get(request, _NONE)
@@ -160,20 +165,21 @@ class AcceptanceModel:
             for i, count in enumerate(tried):
                 if not count:
                     break
+                right = accepted[i]
                 if i == len(own):
                     guess = self._guess([r.mean for r in own], i)
-                    start = self._spread.start if self._all else _START_ALONE
+                    start = self._spread.start if usual else _START_ALONE
                     own.append(Rate(guess, start, _OWN, now))
-                jump = own[i].add(accepted[i] / count, count, now)
-                for rate in own[i + 1 :] if jump else ():
-                    rate.shift(jump)
+                if jump := own[i].add(right / count, count, now):
+                    for rate in own[i + 1 :]:
+                        rate.shift(jump)
                 reaching[i] += count
-                kept[i] += accepted[i]
-                if i < len(self._all) and drafts < _TOLD:
-                    usual = self._all[i].mean
-                    drafts, excess = drafts + count, excess + accepted[i] - count * usual
-                    usual = max(usual * (1.0 - usual), _LEAST_VARIANCE)
-                    chance, lever = chance + count * usual, lever + count * math.sqrt(usual)
+                kept[i] += right
+                if drafts < _TOLD and i < len(usual):
+                    drafts += count
+                    excess += right - count * usual[i]
+                    chance += count * chances[i]
+                    lever += count * levers[i]
             if request is not None:
                 self._sums[request] = drafts, excess, chance, lever
         self._told.clear()
@@ -202,17 +208,21 @@ class AcceptanceModel:
                 guesses = [self._guess([], i) for i in range(POSITIONS)]
                 self._new = guesses, committed(guesses)
             return self._new
-        if request not in self._known:
+        found = self._known.get(request)
+        if found is None:
             known: list[float] = []
+            last = 0.0
             for rate in own:
                 mean = rate.mean
                 if known and (weight := rate.weight(self._now)) < _NEIGHBOUR:
-                    mean = (weight * mean + (_NEIGHBOUR - weight) * known[-1]) / _NEIGHBOUR
-                known.append(min(max(mean, _LOWEST), _HIGHEST))
-            reached = known[:]
-            known += [self._guess(reached, i) for i in range(len(own), POSITIONS)]
-            self._known[request] = known, committed(known)
-        return self._known[request]
+                    mean = (weight * mean + (_NEIGHBOUR - weight) * last) / _NEIGHBOUR
+                last = _LOWEST if mean < _LOWEST else _HIGHEST if mean > _HIGHEST else mean
+                known.append(last)
+            if len(own) < POSITIONS:
+                reached = known[:]
+                known += [self._guess(reached, i) for i in range(len(own), POSITIONS)]
+            found = self._known[request] = known, committed(known)
+        return found
 
     @property
     def unknown(self) -> bool:
@@ -265,16 +275,19 @@ class AcceptanceModel:
 
 def _from_the_end(counts: list[int]) -> None:
     """How many reached each position, from how many went no further."""
-    for i in reversed(range(len(counts) - 1)):
-        counts[i] += counts[i + 1]
+    behind = 0
+    for i in range(len(counts) - 1, -1, -1):
+        behind += counts[i]
+        counts[i] = behind
 
 
 def committed(rates: Sequence[float]) -> list[float]:
     """Tokens that a round of 0, 1, … len(rates) drafts is expected to give a row."""
-    out, chain = [1.0], 1.0
+    out, chain, tokens = [1.0], 1.0, 1.0
     for rate in rates:
         chain *= rate
-        out.append(out[-1] + chain)
+        tokens += chain
+        out.append(tokens)
     return out
 
 
