@@ -246,5 +246,5 @@ def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
 def gelu_gate(gate: mx.array, up: mx.array) -> mx.array:
     """gelu(gate) * up with the tanh approximation of gelu (Hendrycks and Gimpel, arXiv 1606.08415)."""
     x = gate.astype(mx.float32)
-    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return (0.5 * x * (1 + mx.tanh(inner))).astype(up.dtype) * up
+    # 0.5 * (1 + tanh(y)) is 1 / (1 + exp(-2 * y)), whose exponential a CPU computes in half of the time.
+    return (x / (1 + mx.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))).astype(up.dtype) * up
