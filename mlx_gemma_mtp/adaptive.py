@@ -126,19 +126,20 @@ class AdaptiveDepth:
         if fresh:
             self._rounds.clear()
         new = least = most = 0
-        for row in rows:
-            if row.request not in running:
-                running[row.request] = row.cap
+        for request, cap, fixed in rows:
+            if request not in running:
+                running[request] = cap
                 new += 1
-            if row.fixed is None:
-                most = max(most, row.cap)
-            elif row.cap:
-                least = max(least, row.fixed)
+            if fixed is None:
+                most = cap if cap > most else most
+            elif cap:
+                least = max(least, fixed)
         self._news |= new > 0
         joining = not fresh and new == len(rows)
         if most and not joining:
             self._depth = self._next_depth(rows, self._costs.table(width, context), compiled, least, most, fresh=fresh)
-        return [0 if r.cap == 0 else self._depth if r.fixed is None else r.fixed for r in rows]
+        depth = self._depth
+        return [0 if cap == 0 else depth if fixed is None else fixed for _, cap, fixed in rows]
 
     def begin(self) -> None:
         """See `DepthPolicy`."""
@@ -170,21 +171,22 @@ class AdaptiveDepth:
         self._ended.clear()
 
     def _take_in(self, timed: Timed) -> None:
-        shape, costs, verified, drafted = timed.shape, self._costs, timed.shape.verified, timed.shape.drafted
-        table = costs.table(shape.rows, shape.context)
+        costs, (rows, verified, drafted, context, settled) = self._costs, timed.shape
+        table = costs.table(rows, context)
         expected = costs.level * table.seconds(verified, drafted)
-        new = not shape.settled or (verified, drafted) not in table.seen
-        fair = shape.settled and timed.fair
+        new = not settled or (verified, drafted) not in table.seen
+        fair = settled and timed.fair
         costs.observe_in(table, verified, drafted, timed.seconds, settled=fair)
         if fair and verified == drafted == 0 and table in self._places:
             self._places[table].level = costs.level
         if costs.measured:
-            self._earn(shape, timed.seconds, expected, new=new)
-        for outcome in timed.outcomes:
-            over = outcome.request not in self._running
-            self._acceptance.observe(None if over else outcome.request, outcome.offered, outcome.accepted)
-            if not over:
-                self._predictability.observe(outcome.request, outcome.tokens)
+            self._earn(timed.shape, timed.seconds, expected, new=new)
+        for request, offered, accepted, tokens in timed.outcomes:
+            if request in self._running:
+                self._acceptance.observe(request, offered, accepted)
+                self._predictability.observe(request, tokens)
+            else:
+                self._acceptance.observe(None, offered, accepted)
 
     def forget(self, request: int) -> None:
         """See `DepthPolicy`."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+# Rows, outcomes and shapes are tuples, as each round makes and reads some for every row.
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowState:
+class RowState(NamedTuple):
     """A living row before a round.
 
     `cap`: the most drafts that could be of use to it (0: the next round ends it). `fixed`: the depth it asked for.
@@ -19,8 +20,7 @@ class RowState:
     fixed: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowOutcome:
+class RowOutcome(NamedTuple):
     """What became of a row's drafts in a round: of `offered`, the first `accepted` were kept.
 
     Drafts behind a stop or a limit are in neither. `tokens`: all that the row got.
@@ -32,8 +32,7 @@ class RowOutcome:
     tokens: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class RoundShape:
+class RoundShape(NamedTuple):
     """What a round cost depends on: `rows` of the arrays (free ones compute along), drafts `verified` per row in its
     first half and `drafted` per row in its second, `context`: mean tokens held by the living rows.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _LEAST = 1e-9
-_NOTHING = 0.005  # gain below which a sample says nothing of the costs in it
+_NOTHING = 0.02  # gain below which a sample says nothing of the costs in it
 
 
 class LevelFilter:

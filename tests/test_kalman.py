@@ -54,7 +54,7 @@ samples = st.lists(
 def test_it_is_the_textbooks(
     samples: list[list[tuple[int, float]]], variances: list[float], level: float, drift: float
 ) -> None:
-    """But that samples which would move no cost in them by a two-hundredth move none at all."""
+    """But that samples which would move no cost in them by a fiftieth move none at all."""
     filtered, reference = LevelFilter(variances), Reference(variances, level)
     for weights in samples:
         level += drift
@@ -66,7 +66,7 @@ def test_it_is_the_textbooks(
         assert [filtered.variance(i) for i in range(COSTS)] == pytest.approx(np.diag(reference.p)[:-1], rel=1e-6)
         assert np.linalg.eigvalsh(reference.p).min() > -1e-12
         if gains is None:
-            assert max(abs(expected[i]) for i, _ in weights) < 0.006
+            assert max(abs(expected[i]) for i, _ in weights) < 0.021
             continue
         assert gains == pytest.approx(expected[:-1], rel=1e-6, abs=1e-12)
 
