@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .acceptance import AcceptanceModel, Predictability, Spread
-from .costs import DEEPEST, CostModel, Table
+from .costs import DEEPEST, CostModel, Table, contexts
 from .depth import DepthChoice, FixedDepth, RoundShape, RowOutcome, RowState
 from .depth_view import DEPTHS, View
 from .round_clock import RoundClock, Timed
@@ -110,6 +110,7 @@ class AdaptiveDepth:
         self._wait, self._every = 0, _EVERY  # rounds to the next choice, and from the last one to it
         self._news, self._cut, self._hopeless, self._saving = False, False, False, False
         self._table: Table | None = None
+        self._width, self._contexts = 0, range(0)  # of the table
         self._place_before: _Place | None = None
         self._view: View | None = None
         self._latest: tuple[Sequence[RowState], Table] | None = None  # what was chosen without a view
@@ -136,8 +137,14 @@ class AdaptiveDepth:
                 least = max(least, fixed)
         self._news |= new > 0
         joining = not fresh and new == len(rows)
-        if most and not joining:
-            self._depth = self._next_depth(rows, self._costs.table(width, context), compiled, least, most, fresh=fresh)
+        usual = self._wait > 1 and not self._news and self._trial is None
+        if most and usual and not fresh and width == self._width and context in self._contexts:
+            self._wait -= 1
+            self._depth = max(self._chosen, least)
+        elif most and not joining:
+            table = self._costs.table(width, context)
+            self._width, self._contexts = width, contexts(table.bucket)
+            self._depth = self._next_depth(rows, table, compiled, least, most, fresh=fresh)
         depth = self._depth
         return [0 if cap == 0 else depth if fixed is None else fixed for _, cap, fixed in rows]
 

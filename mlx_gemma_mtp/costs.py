@@ -77,6 +77,11 @@ def context_bucket(context: int) -> int:
     return (max(context, 0) // 512).bit_length()
 
 
+def contexts(bucket: int) -> range:
+    """The contexts of a bucket."""
+    return range(0 if bucket == 0 else 256 << bucket, 512 << bucket)
+
+
 def _middle(bucket: int) -> int:
     return 256 if bucket == 0 else 384 << bucket
 

@@ -33,7 +33,7 @@ class RoundClock:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._begun: deque[float] = deque()
-        self._over: list[Timed] = []
+        self._over: list[tuple[RoundShape, Sequence[RowOutcome], float, bool, bool]] = []  # fields of Timed
         self._last, self._behind = 0.0, False
 
     def __len__(self) -> int:
@@ -41,9 +41,9 @@ class RoundClock:
 
     def clear(self) -> None:
         """Rounds on their way have failed: nothing will be told of them."""
-        if self._over and self._over[-1].ahead:
+        if self._over and self._over[-1][-1]:
             # The end of its chain, as far as it goes.
-            self._over[-1] = self._over[-1]._replace(behind=True, ahead=False)
+            self._over[-1] = *self._over[-1][:-2], True, False
         self._begun.clear()
         self._behind = False
 
@@ -59,13 +59,14 @@ class RoundClock:
         seconds = now - (last if 2.0 * (begun - last) < now - begun else begun)
         ahead = bool(self._begun)
         self._last, self._behind = now, ahead
-        self._over.append(Timed(shape, outcomes, seconds, behind, ahead))
+        self._over.append((shape, outcomes, seconds, behind, ahead))
 
     def take(self) -> list[Timed]:
         """The rounds that are over; the first of a chain stays until the next one is, too."""
-        over, self._over = self._over, []
+        over = [Timed(*told) for told in self._over]
+        self._over = []
         if over and over[-1].ahead and not over[-1].behind:
-            self._over = [over.pop()]
+            self._over = [over.pop()[:5]]
         taken: list[Timed] = []
         chain: list[Timed] = []
         for timed in over:

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from mlx_gemma_mtp.acceptance import AcceptanceModel, Predictability, Spread, committed
-from mlx_gemma_mtp.costs import CostFacts, CostModel, context_bucket
+from mlx_gemma_mtp.costs import CostFacts, CostModel, context_bucket, contexts
 
 
 def _learnt(step: float = 0.002, depths: tuple[int, ...] = tuple(range(9))) -> CostModel:
@@ -92,6 +92,7 @@ def test_a_dump_comes_back_the_same() -> None:
 @pytest.mark.parametrize(("context", "bucket"), [(0, 0), (511, 0), (512, 1), (1023, 1), (1024, 2), (9000, 5)])
 def test_contexts_share_a_table_up_to_their_doubling(context: int, bucket: int) -> None:
     assert context_bucket(context) == bucket
+    assert context in contexts(bucket)
 
 
 def test_rates_are_those_given_that_the_prefix_was_accepted() -> None:
