@@ -88,6 +88,7 @@ class Watched(AdaptiveDepth):
     """The policy with a clock that stands still while other arms have their turns, and the seconds that it takes.
 
     `waited`: those of them in which no round is on its way (begun and not observed; a CPU may be done with it already).
+    Describing a choice isn't counted.
     """
 
     def __init__(self, memory: DepthMemory) -> None:
@@ -103,35 +104,35 @@ class Watched(AdaptiveDepth):
     def plan(self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]) -> list[int]:
         """See `DepthPolicy`."""
         begin = time.perf_counter()
-        depths = AdaptiveDepth.plan(self, rows, width=width, context=context, compiled=compiled)
+        depths = super().plan(rows, width=width, context=context, compiled=compiled)
         self._spent(time.perf_counter() - begin)
         return depths
 
     def begin(self) -> None:
         """See `DepthPolicy`."""
         begin = time.perf_counter()
-        AdaptiveDepth.begin(self)
+        super().begin()
         self._spent(time.perf_counter() - begin)
         self._begun += 1
 
     def meanwhile(self) -> None:
         """See `DepthPolicy`."""
         begin = time.perf_counter()
-        AdaptiveDepth.meanwhile(self)
+        super().meanwhile()
         self._spent(time.perf_counter() - begin)
 
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
         """See `DepthPolicy`."""
         self._begun -= 1
         begin = time.perf_counter()
-        AdaptiveDepth.observe(self, shape, outcomes)
+        super().observe(shape, outcomes)
         self._spent(time.perf_counter() - begin)
         self.rounds[shape.verified, shape.drafted] += 1
 
     def forget(self, request: int) -> None:
         """See `DepthPolicy`."""
         begin = time.perf_counter()
-        AdaptiveDepth.forget(self, request)
+        super().forget(request)
         self._spent(time.perf_counter() - begin)
 
     def abort(self) -> None:

@@ -19,8 +19,8 @@ from .depth_view import DEPTHS, View
 from .round_clock import RoundClock, Timed
 
 _EVERY, _SELDOM = 8, 16  # rounds from one choice to the next, and at most: doubling while nothing changes
-_SOON = 4  # to the next choice when requests have joined
 _HARDLY_EVER = 32  # and where no text could change anything
+_SOON = 4  # to the next choice where rows or their context have become others
 _HOPE = 1024  # rounds after which drafts are tried all the same
 _TOGETHER = 16  # rounds that are taken in at once, where no choice comes next
 _GAIN = 1.015  # how much better another depth has to be, in two choices in a row,
@@ -45,7 +45,7 @@ _TRIAL = 3  # rounds at a depth never measured, besides those that compile
 _REACH = 3  # drafts beyond the deepest ever measured that a trial may go
 _CUT, _UNCUT = 0.2, 0.12  # worth of a draft from which blocks are cut, and below which they no longer are
 _WAIT, _LONGEST_WAIT = 4, 256  # rounds from one trial of a depth to its next: doubling
-_UNSEEN = 3  # new requests in a row that may begin at the last depth without a look: short ones get no other
+_UNSEEN = 3  # batches in a row that may begin at the last depth without a look: short ones get no other
 _NEWS_WAIT = 16  # rounds after which a new request may be tried for
 
 
@@ -58,7 +58,7 @@ class _Place:
     rounds: int = 0
     checks: int = 0  # of plain decoding
     again: bool = False  # whether the last one came because plain decoding had just been so much cheaper than expected
-    unseen: int = 0  # requests that began at `depth` without a look, since the last one
+    unseen: int = 0  # batches that began at `depth` without a look, since the last one
     rival: int = 0  # whether a deeper (1) or a shallower depth (-1) was better in the last choice
     hope: int = _HOPE  # round at which drafts are tried though no acceptance would make them pay
     due: list[int] = field(default_factory=lambda: [0] * (DEEPEST + 1))
@@ -109,6 +109,7 @@ class AdaptiveDepth:
         self._depth, self._chosen = 0, 0  # of the block planned, and without trials
         self._wait, self._every = 0, _EVERY  # rounds to the next choice, and from the last one to it
         self._news, self._cut, self._hopeless, self._saving = False, False, False, False
+        self._moved = False  # to another table, since the last choice
         self._table: Table | None = None
         self._width, self._contexts = 0, range(0)  # of the table
         self._place_before: _Place | None = None
@@ -137,8 +138,8 @@ class AdaptiveDepth:
                 least = max(least, fixed)
         self._news |= new > 0
         joining = not fresh and new == len(rows)
-        usual = self._wait > 1 and not self._news and self._trial is None
-        if most and usual and not fresh and width == self._width and context in self._contexts:
+        calm = self._wait > 1 and not self._news and self._trial is None
+        if most and calm and not fresh and width == self._width and context in self._contexts:
             self._wait -= 1
             self._depth = max(self._chosen, least)
         elif most and not joining:
@@ -208,12 +209,13 @@ class AdaptiveDepth:
 
     def describe(self) -> DepthChoice:
         """What is chosen now, and why."""
+        view = self._view
         if self._latest is not None:
-            self._view = self._look(*self._latest)
-            self._view.depth = self._chosen
-        if self._view is None:
+            view = self._look(*self._latest)
+            view.depth = self._chosen
+        if view is None:
             return DepthChoice(depth=self._depth, reason="nothing was decoded yet")
-        return self._view.describe()
+        return view.describe()
 
     def _earn(self, shape: RoundShape, seconds: float, expected: float, *, new: bool) -> None:
         """Put by a share of a round's time; note what a compilation took."""
@@ -255,12 +257,14 @@ class AdaptiveDepth:
         if not fresh and (most < DEEPEST or (not (moved or self._news) and self._wait > 0)):
             return max(self._chosen, least)
         place = self._places.get(table)
-        if not fresh and self._wait > 0 and least == 0 and place is not None:
-            # Rows have come or gone: what was chosen last for so many goes on for some rounds.
-            sooner = max(self._wait - _SOON, 0) if self._news else 0
-            self._wait, self._every = self._wait - sooner, self._every - sooner
-            self._place_before = place
-            self._chosen, self._latest = place.depth, (rows, table)
+        if not fresh and self._wait > 0 and least == 0 and place is not None and place.unseen < _UNSEEN:
+            # The batch or the bucket of its context is another: what was chosen last for it goes on for a few rounds.
+            skipped = max(self._wait - _SOON, 0)
+            self._wait, self._every = self._wait - skipped, self._every - skipped
+            self._place_before, self._chosen = place, place.depth
+            if moved:
+                place.unseen += 1
+                self._moved, self._view, self._latest = True, None, (rows, table)
             return self._chosen
         if fresh and most >= DEEPEST and least == 0 and place is not None and place.unseen < _UNSEEN:
             # Nothing is known of these requests yet: what was chosen last here goes on for some rounds.
@@ -275,7 +279,7 @@ class AdaptiveDepth:
         self._learn()
         if not any(table.known(k) for k in DEPTHS):
             return least
-        return self._choose(rows, table, compiled, least, fresh=fresh, moved=moved, most=most)
+        return self._choose(rows, table, compiled, least, fresh=fresh, moved=moved or self._moved, most=most)
 
     def _choose(
         self,
@@ -290,7 +294,7 @@ class AdaptiveDepth:
     ) -> int:
         """The depth of the best rate, or that of a trial."""
         view = self._view = self._look(rows, table, least)
-        self._latest = None
+        self._latest, self._moved = None, False
         place = self._place(table, view, compiled, fresh=fresh)
         place.unseen = 0
         changed = place.depth == 0 and most >= DEEPEST and self._predictability.changed()

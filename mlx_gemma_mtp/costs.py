@@ -133,7 +133,8 @@ class Table:
                 self.joint.reset(k, _UNKNOWN)
                 continue
             self.target[k] = seconds * self.prior[k] / other.prior[k]
-            self.samples[k] = other.samples[k]
+            # Whether drafts pay at all is seen here soon, whatever was seen there.
+            self.samples[k] = min(other.samples[k], _SURE) if k == 0 else other.samples[k]
             moved.append((k, 1.0))
         # The priors are off by about the same at all depths.
         self.joint.grow_together(moved, _MOVED_TOGETHER * _MOVED)

@@ -41,9 +41,11 @@ class RoundClock:
 
     def clear(self) -> None:
         """Rounds on their way have failed: nothing will be told of them."""
-        if self._over and self._over[-1][-1]:
-            # The end of its chain, as far as it goes.
-            self._over[-1] = *self._over[-1][:-2], True, False
+        if self._over:
+            shape, outcomes, seconds, _, ahead = self._over[-1]
+            if ahead:
+                # The end of its chain, as far as it goes.
+                self._over[-1] = shape, outcomes, seconds, True, False
         self._begun.clear()
         self._behind = False
 
@@ -63,10 +65,11 @@ class RoundClock:
 
     def take(self) -> list[Timed]:
         """The rounds that are over; the first of a chain stays until the next one is, too."""
-        over = [Timed(*told) for told in self._over]
-        self._over = []
+        told, self._over = self._over, []
+        over = [Timed(*fields) for fields in told]
         if over and over[-1].ahead and not over[-1].behind:
-            self._over = [over.pop()[:5]]
+            over.pop()
+            self._over = told[-1:]
         taken: list[Timed] = []
         chain: list[Timed] = []
         for timed in over:

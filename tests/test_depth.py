@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from mlx_gemma_mtp.adaptive import AdaptiveDepth, DepthMemory
 from mlx_gemma_mtp.costs import CostModel
 from mlx_gemma_mtp.depth import DepthPolicy, FixedDepth, RoundShape, RowOutcome, RowState
+from mlx_gemma_mtp.depth_view import View
 
 from .simulator import Clock, Cost, Rates, Run, World, experts, flat, linear, steady, stepped
 
@@ -208,6 +211,82 @@ def test_a_row_that_joins_does_not_change_the_running_blocks() -> None:
         running = book.round(old, flat, 8)[0]
     assert running > 3
     assert policy.plan([RowState(request=1, cap=1000)], width=1, context=5000, compiled=_all) == [running]
+
+
+def _dear_together(rows: int, verified: int, context: int) -> float:
+    """Drafts cost nothing where a row is alone, and far too much else."""
+    return 0.02 if rows == 1 else 0.02 * (1 + 3 * verified)
+
+
+def test_a_batch_that_changes_goes_on_at_its_last_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and without a look at it for some rounds; what was planned doesn't change because it is explained."""
+    looks, of = [0], View.of
+
+    def counted(*args: Any) -> View:
+        looks[0] += 1
+        return of(*args)
+
+    monkeypatch.setattr(View, "of", counted)
+    clock = Clock()
+    policy = AdaptiveDepth(clock=clock)
+    book = Book(policy, clock)
+    alone, both = [RowState(request=0, cap=1000)], [RowState(request=n, cap=1000) for n in (0, 1)]
+
+    def rounds(states: Sequence[RowState], count: int) -> list[int]:
+        if states is alone:
+            policy.forget(1)
+        return [max(book.round(states, _dear_together, 8)) for _ in range(count)]
+
+    rounds(alone, 100)
+    deep = Counter(rounds(alone, 50)).most_common(1)[0][0]
+    rounds(both, 100)
+    assert deep > 0
+    assert Counter(rounds(both, 50)).most_common(1)[0][0] == 0
+    for before, after, depth in ((both, alone, deep), (alone, both, 0)):
+        rounds(before, 20)
+        while policy._trial is not None or policy._wait < 6:
+            rounds(before, 1)
+        looks[0] = 0
+        assert rounds(after, 1) == [depth], "in the first round"
+        assert looks[0] == 0
+        policy._cut = True
+        cut, choice = policy.min_chain, policy.describe()
+        assert (choice.depth, policy.min_chain) == (depth, cut)
+        looks[0] = 0
+        rounds(after, 5)
+        assert looks[0] > 0, "soon there is a choice"
+
+
+def test_plain_decoding_is_found_where_costs_come_from_another_batch() -> None:
+    """They say that drafts cost nothing; plain decoding, never measured with two rows, would be better by far."""
+    clock = Clock()
+    policy = AdaptiveDepth(clock=clock)
+    book = Book(policy, clock)
+    for _ in range(150):
+        book.round([RowState(request=0, cap=1000)], _dear_together, 8)
+    both = [RowState(request=n, cap=1000) for n in (0, 1)]
+    for slope in (1.2, 3.0):
+        found = [max(book.round(both, lambda r, k, c: 0.02 * (1 + slope * k), 8)) for _ in range(150)]  # noqa: B023
+        assert sum(depth > 0 for depth in found[100:]) <= 5, f"{slope}: parked, but for trials"
+
+
+def test_batches_that_are_soon_over_still_change_the_depth() -> None:
+    """Two requests that come one after the other and are over three rounds later, again and again."""
+    clock, memory = Clock(), DepthMemory()
+    before = World(cost=flat, rates=steady(0.95), rows=2, rounds=300)
+    before.run(AdaptiveDepth(memory, clock=clock), clock)
+    replace(before, rows=1).run(AdaptiveDepth(memory, clock=clock), clock)
+    policy = AdaptiveDepth(memory, clock=clock)
+    book, late = Book(policy, clock), []
+    for n in range(0, 160, 2):
+        first, second = RowState(request=n, cap=1000), RowState(request=n + 1, cap=1000)
+        book.block = 0
+        for states in ([first], [first, second], [first, second], [first, second]):
+            depths = book.round(states, linear, 0, context=before.context)
+            late += depths if n >= 80 else []
+        policy.forget(n)
+        policy.forget(n + 1)
+    assert sum(late) <= 0.2 * len(late), "parked, but for trials"
 
 
 def test_parking_is_explained() -> None:

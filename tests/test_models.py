@@ -509,6 +509,13 @@ def test_types_of_taken_tensors() -> None:
 def test_pointwise_formulas() -> None:
     gate, up = random(1, 3, 40, scale=3.0), random(2, 3, 40)
     close(gelu_gate(gate, up), gelu(wide(gate)) * wide(up))
+    far = mx.array([-1e13, -100.0, -10.0, -6.0, -0.0, 0.0, 6.0, 10.0, 100.0, 1e13])
+    for dtype in (mx.float32, mx.bfloat16):
+        x = far.astype(dtype)
+        found = wide(gelu_gate(x, mx.ones(x.shape, dtype)).astype(mx.float32))
+        assert np.allclose(
+            found, gelu(wide(x.astype(mx.float32))), rtol=1e-6 if dtype == mx.float32 else 1e-2, atol=1e-6
+        )
     weight = random(3, 40)
     close(rms_norm(gate, weight, EPS), normed(wide(gate), wide(weight)))
     close(rms_norm(gate, None, 0.5), wide(gate) / np.sqrt((wide(gate) ** 2).mean(-1, keepdims=True) + 0.5))
