@@ -156,15 +156,15 @@ def accepted(measured: Record) -> str:
 
 
 def depth(records: Mapping[str, Record]) -> str:
-    """Tokens per second of plain decoding, of the best fixed depth and of auto, by pair and batch."""
-    rows = [["`--depth auto`", "plain", "best fixed depth", "auto", "auto / plain", "auto / best"]]
+    """Tokens per second of plain decoding, of the best fixed depth and of auto, and how long the policy took."""
+    rows = [["`--depth auto`", "plain", "best fixed depth", "auto", "auto / plain", "auto / best", "policy"]]
     for record in records.values():
         pair = f"60 M parameters, {record['acceptance']:.1f} accepted" if record["pair"] == "random" else "demo"
         blas = BLAS["openblas" if record["preload"] else "mlx"]
         for batch, found in record["batches"].items():
             speed, best = found["tokens_per_second"], found["best"]
             cells = [f"{speed['0']:.0f}", f"{speed[str(best)]:.0f} (at {best})", f"{speed['auto']:.0f}"]
-            cells += [f"{found[n]:.2f}" for n in ("auto_over_plain", "auto_over_best")]
+            cells += [f"{found[n]:.2f}" for n in ("auto_over_plain", "auto_over_best", "policy_ms_per_round")]
             rows.append([f"{pair}, batch {batch}, {blas}", *cells])
     return "\n".join(markdown_table(rows))
 
