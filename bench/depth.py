@@ -41,6 +41,7 @@ from mlx_gemma_mtp.views import HeldView
 
 Arm = int | str
 LENGTH, TEXTS = 40, 8  # tokens of the random pair's prompts, and how many there are
+SPREAD = 9  # lengths that are asked for, the longest of them --new tokens
 
 
 class Scripted:
@@ -151,12 +152,12 @@ class Racer:
     seconds: float = 0.0
 
     @classmethod
-    def start(cls, runtime: Runtime, depth: int | DepthPolicy, prompts: list[list[int]], new: int) -> Racer:
-        """Prefill all prompts."""
+    def start(cls, runtime: Runtime, depth: int | DepthPolicy, prompts: list[list[int]], new: Sequence[int]) -> Racer:
+        """Prefill all prompts; `new`: the tokens that each is to get."""
         scheduler = runtime.scheduler(depth=depth, max_batch=len(prompts))
         racer = cls(scheduler, {})
-        for prompt in prompts:
-            racer.outputs[scheduler.add(Request(prompt=prompt, max_tokens=new, ignore_eos=True))[0]] = []
+        for prompt, most in zip(prompts, new, strict=True):
+            racer.outputs[scheduler.add(Request(prompt=prompt, max_tokens=most, ignore_eos=True))[0]] = []
         while scheduler.waiting:
             racer._step()
         racer.tokens = 0
@@ -192,7 +193,7 @@ class Found:
 
 
 def race(
-    runtime: Runtime, prompts: list[list[int]], arms: Sequence[Arm], new: int, turn: float
+    runtime: Runtime, prompts: list[list[int]], arms: Sequence[Arm], new: Sequence[int], turn: float
 ) -> tuple[dict[Arm, Racer], Watched, int]:
     """All arms on the same requests, in turns; with auto's policy and its compilations."""
     policy = Watched(runtime.depth_memory)
@@ -223,10 +224,13 @@ def measure(
     found = Found({arm: [] for arm in arms})
     for repeat in range(-2 * args.warmups, repeats):
         # Even repeats choose the best depth, odd ones score it: both have the same texts.
-        prompts = [everyone[(repeat // 2 * rows + i) % len(everyone)] for i in range(rows)]
+        request = repeat // 2 * rows
+        prompts = [everyone[(request + i) % len(everyone)] for i in range(rows)]
+        # With one length for all, the depth whose blocks happen to end where requests do would be the best.
+        new = [args.new - (request + i) % SPREAD for i in range(rows)]
         first = repeat // 2 % len(arms)
         order = [*arms[first:], *arms[:first]]
-        racers, policy, compiled = race(runtime, prompts, order, args.new, args.slice / 1000)
+        racers, policy, compiled = race(runtime, prompts, order, new, args.slice / 1000)
         for arm in arms:
             if racers[arm].outputs != racers[arms[0]].outputs:
                 print(f"  depth {arm} gave other tokens than {arms[0]}", file=sys.stderr)
@@ -274,7 +278,8 @@ def main() -> None:
     parser.add_argument("--pair", choices=["demo", "random"], default="demo")
     parser.add_argument("--acceptance", type=float, default=0.8)
     parser.add_argument("--batches", default="1,4,8")
-    parser.add_argument("--new", type=int, default=64, help="tokens (default: 64; the demo's answers end at 69 to 92)")
+    about = "tokens, or up to 8 fewer (default: 64; the demo's answers end at 69 to 92)"
+    parser.add_argument("--new", type=int, default=64, help=about)
     parser.add_argument("--repeats", default="48,24,16", help="of each batch (default: 48,24,16)")
     parser.add_argument("--warmups", type=int, default=4, help="pairs of repeats before (default: 4)")
     parser.add_argument("--slice", type=float, default=30.0, metavar="MS", help="an arm's turn (default: 30)")
@@ -311,7 +316,7 @@ def main() -> None:
             "mlx": version("mlx"),
             "pair": args.pair,
             "acceptance": args.acceptance if args.pair == "random" else None,
-            "new_tokens": args.new,
+            "new_tokens": [args.new - SPREAD + 1, args.new],
             "slice_ms": args.slice,
             "costs_measured_in_this_run": args.tune,
             "dtype": "float32",
