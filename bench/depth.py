@@ -88,53 +88,57 @@ def random_pair(acceptance: float, new: int) -> tuple[Runtime, list[list[int]]]:
 class Watched(AdaptiveDepth):
     """The policy with a clock that stands still while other arms have their turns, and the seconds that it takes.
 
-    `waited`: those of them in which no round is on its way (begun and not observed; a CPU may be done with it already).
+    `worked`: those of them that this thread had a processor for: BLAS's waiting threads may have it meanwhile.
+    `waited`: those in which no round is on its way (begun and not observed; a CPU may be done with it already).
     Describing a choice isn't counted.
     """
 
     def __init__(self, memory: DepthMemory) -> None:
-        self.away, self.took, self.waited, self.rounds = 0.0, 0.0, 0.0, Counter[tuple[int, int]]()
+        self.away, self.took, self.worked, self.waited = 0.0, 0.0, 0.0, 0.0
+        self.rounds = Counter[tuple[int, int]]()
         self._begun = 0
         super().__init__(memory, clock=lambda: time.perf_counter() - self.away)
 
-    def _spent(self, seconds: float) -> None:
+    def _spent(self, worked: float, begin: float) -> None:
+        seconds = time.perf_counter() - begin
+        self.worked += time.thread_time() - worked
         self.took += seconds
         if self._begun == 0:
             self.waited += seconds
 
     def plan(self, rows: Sequence[RowState], *, width: int, context: int, compiled: Callable[[int], bool]) -> list[int]:
         """See `DepthPolicy`."""
-        begin = time.perf_counter()
+        worked, begin = time.thread_time(), time.perf_counter()
         depths = super().plan(rows, width=width, context=context, compiled=compiled)
-        self._spent(time.perf_counter() - begin)
+        self._spent(worked, begin)
         return depths
 
     def begin(self) -> None:
         """See `DepthPolicy`."""
-        begin = time.perf_counter()
+        worked, begin = time.thread_time(), time.perf_counter()
         super().begin()
-        self._spent(time.perf_counter() - begin)
+        self._spent(worked, begin)
         self._begun += 1
 
     def meanwhile(self) -> None:
         """See `DepthPolicy`."""
-        begin = time.perf_counter()
+        worked, begin = time.thread_time(), time.perf_counter()
         super().meanwhile()
-        self._spent(time.perf_counter() - begin)
+        self._spent(worked, begin)
 
     def observe(self, shape: RoundShape, outcomes: Sequence[RowOutcome]) -> None:
         """See `DepthPolicy`."""
         self._begun -= 1
-        begin = time.perf_counter()
+        worked, begin = time.thread_time(), time.perf_counter()
         super().observe(shape, outcomes)
-        self._spent(time.perf_counter() - begin)
+        self._spent(worked, begin)
         self.rounds[shape.verified, shape.drafted] += 1
 
     def forget(self, request: int) -> None:
         """See `DepthPolicy`."""
-        begin = time.perf_counter()
+        worked, begin = time.thread_time(), time.perf_counter()
         super().forget(request)
-        self._spent(time.perf_counter() - begin)
+        self._spent(worked, begin)
 
     def abort(self) -> None:
         """See `DepthPolicy`."""
@@ -182,13 +186,14 @@ class Racer:
 class Found:
     """Tokens and seconds of each repeat by arm; of auto also compilations, rounds and its policy's seconds.
 
-    `waited`: those of them in which no round is on its way.
+    `worked` and `waited`: see `Watched`.
     """
 
     arms: dict[Arm, list[tuple[int, float]]]
     compiled: int = 0
     rounds: Counter[tuple[int, int]] = field(default_factory=Counter)
     policy: float = 0.0
+    worked: float = 0.0
     waited: float = 0.0
 
 
@@ -241,6 +246,7 @@ def measure(
         found.compiled += compiled
         found.rounds.update(policy.rounds)
         found.policy += policy.took
+        found.worked += policy.worked
         found.waited += policy.waited
     return found
 
@@ -268,6 +274,7 @@ def judge(found: Found) -> dict[str, Any]:
         "auto_compilations": found.compiled,
         "auto_rounds": {f"{verified}+{drafted}": n for (verified, drafted), n in found.rounds.most_common()},
         "policy_ms_per_round": round(1000 * found.policy / found.rounds.total(), 4),
+        "policy_cpu_ms_per_round": round(1000 * found.worked / found.rounds.total(), 4),
         "policy_ms_per_round_waited_for": round(1000 * found.waited / found.rounds.total(), 4),
     }
 
@@ -304,6 +311,7 @@ def main() -> None:
         print(f"batch {rows}: {told['auto_over_best']:.3f}x of best fixed ({told['best']}), ", end="")
         print(f"{told['auto_over_plain']:.3f}x of plain; {told['tokens_per_second']}; ", end="")
         print(f"{told['auto_compilations']} compiled, policy {told['policy_ms_per_round']:.3f} ms a round, ", end="")
+        print(f"{told['policy_cpu_ms_per_round']:.3f} of CPU time; ", end="")
         print(f"{told['policy_ms_per_round_waited_for']:.3f} of them waited for")
         print(f"  rounds (verified+drafted) {told['auto_rounds']}; expected before: {expected}")
     if args.out:
