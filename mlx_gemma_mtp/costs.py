@@ -8,9 +8,11 @@ drafted x draft(rows, context). The shares of all depths, the drafter's and a le
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 from .kalman import LevelFilter
@@ -41,8 +43,6 @@ _FIRST_LEVEL = 1e-4  # variance of what the first round is measured by
 _LEAST_DOUBT = 5e-4  # variance of how the cost best known compares with others
 _JUMP = 0.5  # of what was expected: what a sample of a cost that changed may say upwards, as a stall looks alike
 _FIRST, _ALIKE, _ALIKE_PLAIN, _BELIED = 3, 3, 2, 8.0  # see `Table._check`
-_ROW_WORK = 0.1  # seconds per further token of a block, beside those of reading the weights once (mlx_small_m.md)
-_FLAT_FROM = 32  # tokens; wider blocks run kernels whose cost grows slowly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,9 @@ class CostFacts:
     """What a forward has to read, in any one unit: where the costs start from before anything is measured.
 
     `dense`: weights that every forward reads. `experts`: all experts' weights, of which each token uses `used` of
-    `count`. `kv`: K/V of one token held, in layers without a window. `drafter`: weights of a draft step.
+    `count`. `kv`: K/V of one token held, in layers without a window. `drafter`: weights of a draft step. `products`:
+    (tokens, what they make of the cost of reading the weights for one), rising in both; lines between them and behind
+    the last. Where none were measured: a tenth more for each token up to 32, and nothing behind (mlx_small_m.md).
     """
 
     dense: float = 1.0
@@ -59,17 +61,31 @@ class CostFacts:
     used: int = 1
     kv: float = 0.0
     drafter: float = 0.06
+    products: tuple[tuple[int, float], ...] = ((1, 1.0), (32, 4.1), (64, 4.1))
+
+    def __post_init__(self) -> None:
+        tokens, costs = [n for n, _ in self.products], [cost for _, cost in self.products]
+        rising = all(a < b for a, b in pairwise(tokens)) and all(a <= b for a, b in pairwise(costs))
+        if not (rising and tokens[:1] == [1] and all(0.0 < cost < math.inf for cost in costs)):
+            raise ValueError(f"products are {self.products}, expected tokens from 1 on and costs, both rising")
 
     def target(self, rows: int, verified: int, context: int) -> float:
         """Of the first half of a round, in the unit of the facts times one."""
         tokens = rows * (verified + 1)
         distinct = 1.0 - (1.0 - self.used / self.count) ** tokens
-        work = 1.0 + _ROW_WORK * (min(tokens, _FLAT_FROM) - 1)
-        return self.dense * work + self.experts * distinct + self.kv * rows * context
+        return self.dense * self._product(tokens) + self.experts * distinct + self.kv * rows * context
 
     def step(self, rows: int, context: int) -> float:
         """Of one draft in each row."""
-        return self.drafter * (1.0 + _ROW_WORK * (min(rows, _FLAT_FROM) - 1)) + 0.05 * self.kv * rows * context
+        return self.drafter * self._product(rows) + 0.05 * self.kv * rows * context
+
+    def _product(self, tokens: int) -> float:
+        points = self.products
+        if len(points) == 1:
+            return tokens * points[0][1]
+        i = min(max(bisect_left(points, tokens, key=itemgetter(0)), 1), len(points) - 1)
+        (few, a), (many, b) = points[i - 1], points[i]
+        return a + (b - a) * (tokens - few) / (many - few)
 
 
 def context_bucket(context: int) -> int:
@@ -404,12 +420,16 @@ class CostModel:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; `from_dict` reads it."""
         tables = [t.to_dict() for _, t in sorted(self._tables.items()) if any(t.known(k) for k in range(DEEPEST + 1))]
-        return {"facts": asdict(self.facts), "level": self.level, "tables": tables}
+        facts = {**asdict(self.facts), "products": [list(point) for point in self.facts.products]}
+        return {"facts": facts, "level": self.level, "tables": tables}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CostModel:
         """The model that was dumped. Raises KeyError, TypeError or ValueError where `data` is something else."""
-        model = cls(CostFacts(**data["facts"]))
+        facts = dict(data["facts"])
+        if "products" in facts:
+            facts["products"] = tuple((int(tokens), float(cost)) for tokens, cost in facts["products"])
+        model = cls(CostFacts(**facts))
         model.level = model._usual = float(data["level"])
         model._level_variance, model.stored = 0.01, True
         for entry in data["tables"]:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from operator import index
 from typing import Any
@@ -26,6 +27,7 @@ from .models.drafter import Drafter
 from .models.target import Target
 from .prefix import PrefixCache
 from .probe import ProbeResult, Widths, cached_probe, known_probe
+from .products import product_costs
 from .profiles import Profile
 from .request import Request, SamplingParams
 from .residency import wired
@@ -68,6 +70,10 @@ def load(
     runtime = Runtime(loaded)
     if (costs := runtime.profile().read()) is not None:
         runtime.depth_memory.costs = costs
+    elif loaded.drafter is not None:
+        if progress:
+            progress("timing products", 0.0)
+        runtime.depth_memory.costs = CostModel(cost_facts(loaded, measured=True))
     if progress:
         progress("comparing blocks with single steps", 0.0)
     if bitwise:
@@ -316,7 +322,7 @@ class Runtime:
         self._check_free()
         tuning = tune(
             self._speculator,
-            cost_facts(self._loaded),
+            cost_facts(self._loaded, measured=True),
             vocab_size=self.config.vocab_size,
             max_positions=self.config.max_positions,
             pipelined=_pipelined(),
@@ -562,8 +568,11 @@ class Runtime:
                     scheduler.cancel(number)
 
 
-def cost_facts(loaded: Loaded) -> CostFacts:
-    """What a round of a pair reads, in bytes: where the cost of drafting starts from before it is measured."""
+def cost_facts(loaded: Loaded, *, measured: bool = False) -> CostFacts:
+    """What a round of a pair reads, in bytes: where the cost of drafting starts from before it is measured.
+
+    `measured`: what more tokens make of it is timed with some of the target's products; see `product_costs`.
+    """
     config, drafter = loaded.config, loaded.drafter_config
     spec = CacheSpec(slots=config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
     moe = next((s.moe for s in config.layers if s.moe is not None), None)
@@ -578,7 +587,7 @@ def cost_facts(loaded: Loaded) -> CostFacts:
         head = drafter.vocab_size * drafter.hidden_size if drafter.centroids else 0
         unread = head * (1 - drafter.centroids.top_k / drafter.centroids.count) if drafter.centroids else 0.0
         draft = (size["parameters"] - unread) * size["bytes"] / max(size["parameters"], 1)
-    return CostFacts(
+    facts = CostFacts(
         dense=(loaded.target.parameters - experts - tables) * each,
         experts=experts * each,
         count=moe.experts if moe else 1,
@@ -586,6 +595,10 @@ def cost_facts(loaded: Loaded) -> CostFacts:
         kv=float(spec.bytes_per_token()),
         drafter=draft,
     )
+    if not measured:
+        return facts
+    products = [layer.gate_up for layer in loaded.target.layers]
+    return replace(facts, products=product_costs(products, config.hidden_size, loaded.dtype))
 
 
 def _whole_numbers(tokens: Any) -> list[int]:
