@@ -51,8 +51,8 @@ class CostFacts:
 
     `dense`: weights that every forward reads. `experts`: all experts' weights, of which each token uses `used` of
     `count`. `kv`: K/V of one token held, in layers without a window. `drafter`: weights of a draft step. `products`:
-    (tokens, what they make of the cost of reading the weights for one), rising in both; lines between them and behind
-    the last. Where none were measured: a tenth more for each token up to 32, and nothing behind (mlx_small_m.md).
+    (tokens, cost of the target's products in that of one token), lines between them. Where it wasn't measured: a tenth
+    more for each token up to 32, and nothing more behind (mlx_small_m.md).
     """
 
     dense: float = 1.0
@@ -61,31 +61,35 @@ class CostFacts:
     used: int = 1
     kv: float = 0.0
     drafter: float = 0.06
-    products: tuple[tuple[int, float], ...] = ((1, 1.0), (32, 4.1), (64, 4.1))
+    products: tuple[tuple[int, float], ...] = ((1, 1.0), (32, 4.1), (4096, 4.1))
 
     def __post_init__(self) -> None:
-        tokens, costs = [n for n, _ in self.products], [cost for _, cost in self.products]
-        rising = all(a < b for a, b in pairwise(tokens)) and all(a <= b for a, b in pairwise(costs))
-        if not (rising and tokens[:1] == [1] and all(0.0 < cost < math.inf for cost in costs)):
-            raise ValueError(f"products are {self.products}, expected tokens from 1 on and costs, both rising")
+        points = self.products
+        rise = all(n < m and a <= b < math.inf for (n, a), (m, b) in pairwise(points))
+        if not (rise and len(points) > 1 and points[0] == (1, 1.0)):
+            raise ValueError(f"products are {points}, expected (1, 1.0) and others, tokens and finite costs rising")
 
     def target(self, rows: int, verified: int, context: int) -> float:
         """Of the first half of a round, in the unit of the facts times one."""
         tokens = rows * (verified + 1)
         distinct = 1.0 - (1.0 - self.used / self.count) ** tokens
-        return self.dense * self._product(tokens) + self.experts * distinct + self.kv * rows * context
+        each = tokens * self.used / (self.count * distinct)  # tokens that share an expert
+        work = self.dense * self._product(tokens) + self.experts * distinct * self._product(each)
+        return work + self.kv * rows * context
 
     def step(self, rows: int, context: int) -> float:
         """Of one draft in each row."""
         return self.drafter * self._product(rows) + 0.05 * self.kv * rows * context
 
-    def _product(self, tokens: int) -> float:
+    def _product(self, tokens: float) -> float:
         points = self.products
-        if len(points) == 1:
-            return tokens * points[0][1]
         i = min(max(bisect_left(points, tokens, key=itemgetter(0)), 1), len(points) - 1)
         (few, a), (many, b) = points[i - 1], points[i]
-        return a + (b - a) * (tokens - few) / (many - few)
+        slope = (b - a) / (many - few)
+        if tokens > many:
+            # One sample that was too slow isn't to make all that lies behind it free.
+            slope = max(slope, 0.5 * (b - 1.0) / (many - 1))
+        return b + slope * (tokens - many)
 
 
 def context_bucket(context: int) -> int:
@@ -425,11 +429,9 @@ class CostModel:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CostModel:
-        """The model that was dumped. Raises KeyError, TypeError or ValueError where `data` is something else."""
-        facts = dict(data["facts"])
-        if "products" in facts:
-            facts["products"] = tuple((int(tokens), float(cost)) for tokens, cost in facts["products"])
-        model = cls(CostFacts(**facts))
+        """The model that was dumped. Raises KeyError, TypeError, ValueError or ArithmeticError where `data` is else."""
+        products = tuple((int(tokens), float(cost)) for tokens, cost in data["facts"]["products"])
+        model = cls(CostFacts(**{**data["facts"], "products": products}))
         model.level = model._usual = float(data["level"])
         model._level_variance, model.stored = 0.01, True
         for entry in data["tables"]:
@@ -479,7 +481,7 @@ def _through(known: Sequence[float | None], variance: Sequence[float], prior: Se
     at = [k for k, s in enumerate(known) if s is not None]
     if not at:
         return list(prior)
-    values = dict(zip(at, _rising([known[k] or 0.0 for k in at], [1.0 / variance[k] for k in at]), strict=True))
+    values = dict(zip(at, rising([known[k] or 0.0 for k in at], [1.0 / variance[k] for k in at]), strict=True))
     curve: list[float] = []
     for k in range(len(prior)):
         below = max((j for j in at if j <= k), default=None)
@@ -508,7 +510,7 @@ def _beyond(values: Mapping[int, float], prior: Sequence[float], at: Sequence[in
     return max(shaped, values[last] + (values[last] - values[first]) / (last - first) * (k - last))
 
 
-def _rising(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+def rising(values: Sequence[float], weights: Sequence[float]) -> list[float]:
     """The nearest values that never fall (pool adjacent violators)."""
     pools: list[tuple[float, float, int]] = []
     for value, weight in zip(values, weights, strict=True):

@@ -1,4 +1,4 @@
-"""What matrix products cost by the tokens that share them: where the cost of verifying starts from. Knows no rounds."""
+"""How the cost of products grows with the tokens that share them: where costs start from. Knows no models or rounds."""
 
 from __future__ import annotations
 
@@ -7,48 +7,56 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
-_SAMPLE = 0.003  # seconds of one token's products in a sample: a device takes a while to wake
-_LONG = 0.1  # seconds of a sample behind which no larger ones are taken
-_TURNS, _ENOUGH = 5, 0.1  # of all sizes, of which the quickest counts; seconds of all behind which two have to do
+from .costs import rising
 
-Product = Callable[[mx.array], Sequence[mx.array]]
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+_LEAST = 4  # sizes that are measured however long they take
+_SAMPLE = 0.003  # seconds that a sample of one token is to take: a device takes a while to wake
+_LONG = 0.03  # seconds of a sample behind which no larger ones are taken
+_TURNS, _MOST_TURNS, _ENOUGH = 2, 4, 0.15  # behind the first; seconds of all from which there are no more than needed
+
+Block = Callable[[mx.array], mx.array]
 
 
 def product_costs(
-    products: Sequence[Product], inputs: int, dtype: mx.Dtype, *, clock: Callable[[], float] = time.perf_counter
+    blocks: Sequence[Block], width: int, dtype: mx.Dtype, *, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[tuple[int, float], ...]:
-    """(tokens, cost in that of one token), rising in both, of `products` of x (tokens, inputs).
+    """(tokens, cost in that of one token), rising in both, of a chain of some of `blocks`: (n, width) to (n, width).
 
-    Of many products, as one's weights alone might stay in a cache, but no more than tell the time; some tenths of a
-    second for all. Tokens for which a sample would be long are left out.
+    Of as many blocks as tell the time, spread over all: one's weights alone might stay in a cache. Takes some tenths of
+    a second, or three times what 15 tokens take where that is more. Sizes from one that is slow on are left out.
     """
     begin = clock()
-    many = {n: mx.ones((n, inputs), dtype) for n in TOKENS}
-    mx.eval(*many.values())
-    _seconds(products[:1], many[1], clock)  # loads kernels and pages
-    alone = min(_seconds(products[:1], many[1], clock) for _ in range(2))
-    some = products[: max(int(_SAMPLE / max(alone, 1e-9)), 1)]
+
+    def seconds(chosen: Sequence[Block], n: int) -> float:
+        x = mx.ones((n, width), dtype)
+        mx.eval(x)
+        before = clock()
+        for block in chosen:
+            x = block(x)
+        mx.eval(x)
+        return clock() - before
+
+    some = blocks[:1]
+    while len(some) < len(blocks):
+        seconds(some, 1)  # brings in weights
+        if seconds(some, 1) >= _SAMPLE:
+            break
+        count = min(2 * len(some), len(blocks))
+        some = [blocks[i * len(blocks) // count] for i in range(count)]
     best: dict[int, float] = {}
-    for n, x in many.items():
-        best[n] = _seconds(some, x, clock)
+    for n in TOKENS:
+        seconds(some, n)  # loads kernels
+        best[n] = seconds(some, n)
         if best[n] > _LONG:
+            # Unless it was chance.
+            best[n] = min(best[n], seconds(some, n))
+            if best[n] > _LONG and len(best) >= _LEAST:
+                break
+    for turn in range(_MOST_TURNS):
+        if turn >= _TURNS and clock() - begin > _ENOUGH:
             break
-    for turn in range(1, _TURNS):
-        for n in best:
-            # The first turn loaded kernels, too.
-            took = _seconds(some, many[n], clock)
-            best[n] = took if turn == 1 else min(best[n], took)
-        if clock() - begin > _ENOUGH and turn > 1:
-            break
-    costs: list[tuple[int, float]] = []
-    for n, seconds in best.items():
-        share = seconds / max(best[1], 1e-9)
-        costs.append((n, max(share, costs[-1][1]) if costs else 1.0))
-    return tuple(costs)
-
-
-def _seconds(products: Sequence[Product], x: mx.array, clock: Callable[[], float]) -> float:
-    before = clock()
-    mx.eval([product(x) for product in products])
-    return clock() - before
+        best = {n: min(took, seconds(some, n)) for n, took in best.items()}
+    mx.clear_cache()
+    smooth = rising(list(best.values()), [1.0] * len(best))
+    return tuple((n, took / smooth[0] if smooth[0] > 0.0 else 1.0) for n, took in zip(best, smooth, strict=True))

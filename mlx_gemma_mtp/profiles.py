@@ -16,7 +16,7 @@ from .costs import CostModel
 from .probe import cache_folder, environment, fingerprint
 from .views import CacheSpec
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Profile:
@@ -36,7 +36,7 @@ class Profile:
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
             return CostModel.from_dict(data["costs"]) if data["about"] == self._about else None
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, ArithmeticError, TypeError, KeyError):
             return None
 
     def write(self, costs: CostModel) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,8 @@ from .generation import Filling, Generation, Step, Timing
 from .generation_config import generation_defaults, read_stop_ids
 from .loading import Loaded, Progress, load_pair, memory_limit
 from .models.drafter import Drafter
+from .models.layers import Layer
+from .models.linear import gelu_gate, rms_norm
 from .models.target import Target
 from .prefix import PrefixCache
 from .probe import ProbeResult, Widths, cached_probe, known_probe
@@ -322,7 +324,7 @@ class Runtime:
         self._check_free()
         tuning = tune(
             self._speculator,
-            cost_facts(self._loaded, measured=True),
+            cost_facts(self._loaded, measured=self._loaded.drafter is not None),
             vocab_size=self.config.vocab_size,
             max_positions=self.config.max_positions,
             pipelined=_pipelined(),
@@ -571,7 +573,7 @@ class Runtime:
 def cost_facts(loaded: Loaded, *, measured: bool = False) -> CostFacts:
     """What a round of a pair reads, in bytes: where the cost of drafting starts from before it is measured.
 
-    `measured`: what more tokens make of it is timed with some of the target's products; see `product_costs`.
+    `measured`: how it grows with the tokens of a forward is timed with some of the target's MLPs; see `product_costs`.
     """
     config, drafter = loaded.config, loaded.drafter_config
     spec = CacheSpec(slots=config.kv_slots, max_block=MAX_DEPTH + 1, dtype=loaded.dtype)
@@ -597,8 +599,13 @@ def cost_facts(loaded: Loaded, *, measured: bool = False) -> CostFacts:
     )
     if not measured:
         return facts
-    products = [layer.gate_up for layer in loaded.target.layers]
-    return replace(facts, products=product_costs(products, config.hidden_size, loaded.dtype))
+    with wired():
+        costs = product_costs([_mlp(layer) for layer in loaded.target.layers], config.hidden_size, loaded.dtype)
+    return replace(facts, products=costs)
+
+
+def _mlp(layer: Layer) -> Callable[[mx.array], mx.array]:
+    return lambda x: layer.down(gelu_gate(*layer.gate_up(rms_norm(x, None, layer.eps))))
 
 
 def _whole_numbers(tokens: Any) -> list[int]:

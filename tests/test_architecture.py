@@ -20,7 +20,7 @@ LEVELS: dict[str, float] = {
     "views": 1, "sampling": 1, "acceptance": 1, "kalman": 0.5, "costs": 1, "cache": 1.5, "prefix": 1.75,
     "models": 2, "speculative": 2, "depth": 2, "round_clock": 2.2, "depth_view": 2.2, "adaptive": 2.5,
     "loading": 3, "jobs": 2.5, "admission": 3, "scheduler": 3.5, "probe": 3, "profiles": 3.5, "tune": 3.6,
-    "bitwise": 3.5, "residency": 3,
+    "bitwise": 3.5, "residency": 3, "products": 3,
     "text": 4, "stops": 4.5, "tool_grammar": 4.5, "tool_calls": 4.6, "constraints": 4.5, "generation": 4.8,
     "runtime": 5, "handle": 5.2, "engine": 5.5,
     "verify": 6, "convert": 6, "benchmark": 6,

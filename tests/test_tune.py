@@ -104,8 +104,11 @@ def test_a_profile_is_found_again_for_the_same_weights_alone(tmp_path: Path) -> 
     assert again is not None
     assert again.seconds(1, 2, 2, 100) == pytest.approx(0.5)
     assert Profile(SPEC, [mx.arange(11.0)], folder=tmp_path).read() is None
-    profile.path.write_text(json.dumps({"about": {}, "costs": {}}))
-    assert profile.read() is None
+    damaged = profile.path.read_text().replace('"rows": 1', '"rows": Infinity')
+    assert damaged != profile.path.read_text()
+    for text in (damaged, json.dumps({"about": {}, "costs": {}})):
+        profile.path.write_text(text)
+        assert profile.read() is None
     profile.path.write_text("{")
     assert profile.read() is None
 
