@@ -164,7 +164,9 @@ def depth(records: Mapping[str, Record]) -> str:
         for batch, found in record["batches"].items():
             speed, best = found["tokens_per_second"], found["best"]
             cells = [f"{speed['0']:.0f}", f"{speed[str(best)]:.0f} (at {best})", f"{speed['auto']:.0f}"]
-            cells += [f"{found[n]:.2f}" for n in ("auto_over_plain", "auto_over_best", "policy_ms_per_round")]
+            cells += [f"{found[n]:.2f}" for n in ("auto_over_plain", "auto_over_best")]
+            policy, waited = (found[f"policy_ms_per_round{n}"] for n in ("", "_waited_for"))
+            cells.append(f"{policy:.2f} ({waited:.2f})")
             rows.append([f"{pair}, batch {batch}, {blas}", *cells])
     return "\n".join(markdown_table(rows))
 
@@ -222,9 +224,11 @@ def rendered(text: str, results: Path = RESULTS) -> str:
             found = dict(newest(benchmark, results) for benchmark in DEPTH if any(results.glob(f"{benchmark}-[0-9]*")))
             if not found:
                 return f"{match[1]}Not measured yet: `python bench/depth.py`\n{match[3]}"
-            files = ", ".join(f"`bench/results/{file}`" for file in found)
-            where = conditions("", next(iter(found.values()))).partition(":")[0]
-            return f"{match[1]}{depth(found)}\n\n{where}: {files}\n{match[3]}"
+            files: dict[str, list[str]] = {}
+            for file, record in found.items():
+                files.setdefault(conditions("", record).partition(":")[0], []).append(f"`bench/results/{file}`")
+            where = "; ".join(f"{machine}: {', '.join(names)}" for machine, names in files.items())
+            return f"{match[1]}{depth(found)}\n\n{where}\n{match[3]}"
         if name not in TABLES:
             raise TableError(f"there is no table {name!r}, expected one of {', '.join([*TABLES, 'depth'])}")
         benchmark, render = TABLES[name]

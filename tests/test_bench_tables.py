@@ -99,6 +99,7 @@ def test_what_was_not_measured_yet(tmp_path: Path) -> None:
 def test_depth_is_of_several_records(tmp_path: Path) -> None:
     found = {
         "best": 3, "auto_over_best": 0.991, "auto_over_plain": 1.5, "policy_ms_per_round": 0.0814,
+        "policy_ms_per_round_waited_for": 0.0452,
         "tokens_per_second": {"auto": 149.6, "0": 100.0, "3": 151.2},
     }  # fmt: skip
     for pair, blas in (("random", ""), ("demo", "/usr/lib/libopenblas.so.0")):
@@ -107,7 +108,13 @@ def test_depth_is_of_several_records(tmp_path: Path) -> None:
         save(tmp_path, name, {**about, "batches": {"4": found}})
     text = tables.rendered(put("depth"), tmp_path)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert rows[2] == ["demo, batch 4, OpenBLAS", "100", "151 (at 3)", "150", "1.50", "0.99", "0.08"]
+    assert rows[2] == ["demo, batch 4, OpenBLAS", "100", "151 (at 3)", "150", "1.50", "0.99", "0.08 (0.05)"]
     assert rows[3][0] == "60 M parameters, 0.8 accepted, batch 4, MLX's own BLAS"
-    assert "`bench/results/depth-demo-openblas-2026-01-01-x.json`" in text
+    both = "`bench/results/depth-demo-openblas-2026-01-01-x.json`, `bench/results/depth-random-mlx-2026-01-01-x.json`"
+    assert f"A chip, 2 cores, Linux; mlx 1.2, 3 repeats: {both}\n" in text
+    elsewhere = {**about, "machine": {"chip": "other", "cores": 4, "os": "Linux-6"}}
+    save(tmp_path, "depth-demo-mlx-2026-01-02-x.json", {**elsewhere, "batches": {"4": found}})
+    assert "other, 4 cores, Linux; mlx 1.2, 3 repeats: `bench/results/depth-demo-mlx-2026-01-02-x.json`" in tables.rendered(
+        put("depth"), tmp_path
+    )
     assert tables.rendered(put("depth"), tmp_path / "none").count("Not measured yet") == 1
