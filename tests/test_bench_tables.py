@@ -114,7 +114,6 @@ def test_depth_is_of_several_records(tmp_path: Path) -> None:
     assert f"A chip, 2 cores, Linux; mlx 1.2, 3 repeats: {both}\n" in text
     elsewhere = {**about, "machine": {"chip": "other", "cores": 4, "os": "Linux-6"}}
     save(tmp_path, "depth-demo-mlx-2026-01-02-x.json", {**elsewhere, "batches": {"4": found}})
-    assert "other, 4 cores, Linux; mlx 1.2, 3 repeats: `bench/results/depth-demo-mlx-2026-01-02-x.json`" in tables.rendered(
-        put("depth"), tmp_path
-    )
+    caption = "other, 4 cores, Linux; mlx 1.2, 3 repeats: `bench/results/depth-demo-mlx-2026-01-02-x.json`"
+    assert caption in tables.rendered(put("depth"), tmp_path)
     assert tables.rendered(put("depth"), tmp_path / "none").count("Not measured yet") == 1
