@@ -195,6 +195,7 @@ class Found:
     policy: float = 0.0
     worked: float = 0.0
     waited: float = 0.0
+    different: int = 0  # arms of a repeat whose tokens weren't those of the first arm
 
 
 def race(
@@ -239,6 +240,7 @@ def measure(
         for arm in arms:
             if racers[arm].outputs != racers[arms[0]].outputs:
                 print(f"  depth {arm} gave other tokens than {arms[0]}", file=sys.stderr)
+                found.different += 1
         if repeat < 0:
             continue
         for arm, racer in racers.items():
@@ -271,6 +273,7 @@ def judge(found: Found) -> dict[str, Any]:
         "auto_over_plain_of_repeats": common.Spread.of(single).to_dict(),
         "tokens_per_second": {str(arm): round(rate(arm), 2) for arm in found.arms},
         "samples": {str(arm): [round(x, 2) for x in r] for arm, r in rates.items()},
+        "arms_with_different_tokens": found.different,
         "auto_compilations": found.compiled,
         "auto_rounds": {f"{verified}+{drafted}": n for (verified, drafted), n in found.rounds.most_common()},
         "policy_ms_per_round": round(1000 * found.policy / found.rounds.total(), 4),
@@ -279,8 +282,8 @@ def judge(found: Found) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure, print and record."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options. Exits with 2 where they don't fit together."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--pair", choices=["demo", "random"], default="demo")
     parser.add_argument("--acceptance", type=float, default=0.8)
@@ -294,17 +297,30 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="measure the costs first, as `tune` does")
     parser.add_argument("--tune-seconds", type=float, default=40.0)
     parser.add_argument("--out", type=Path, help="the record (default: none)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    for name in ("batches", "repeats", "depths"):
+        try:
+            setattr(args, name, [int(n) for n in getattr(args, name).split(",")])
+        except ValueError:
+            parser.error(f"--{name} is {getattr(args, name)!r}, expected numbers such as 1,4")
+    if len(args.repeats) < len(args.batches):
+        parser.error(f"--repeats is {args.repeats}, expected one for each of --batches {args.batches}")
+    return args
+
+
+def main() -> None:
+    """Measure, print and record."""
+    args = parse()
     if args.pair == "random":
         runtime, everyone = random_pair(args.acceptance, args.new)
     else:
         runtime = Runtime(load_pair("demo", dtype="float32"))
         everyone = common.make_prompts(common.DEMO)[1]
-    arms: list[Arm] = ["auto", *map(int, args.depths.split(","))]
+    arms: list[Arm] = ["auto", *args.depths]
     if args.tune:
         runtime.tune(seconds=args.tune_seconds)
     found = {}
-    for rows, repeats in zip(map(int, args.batches.split(",")), map(int, args.repeats.split(",")), strict=True):
+    for rows, repeats in zip(args.batches, args.repeats, strict=False):
         costs = runtime.depth_memory.costs
         expected = [round(1000 * costs.level * s, 1) for s in costs.table(rows, 200).steady()]
         told = found[rows] = judge(measure(runtime, everyone, rows, repeats, arms, args))
@@ -326,7 +342,10 @@ def main() -> None:
             "acceptance": args.acceptance if args.pair == "random" else None,
             "new_tokens": [args.new - SPREAD + 1, args.new],
             "slice_ms": args.slice,
+            "repeats_by_batch": dict(zip(args.batches, args.repeats, strict=False)),
+            "warmups": args.warmups,
             "costs_measured_in_this_run": args.tune,
+            "tune_seconds": args.tune_seconds if args.tune else None,
             "dtype": "float32",
             "batches": found,
         }

@@ -23,6 +23,13 @@ import common
 
 BENCH = Path(__file__).resolve().parent
 ENVIRONMENTS = {"mlx": "MLX's own BLAS", "openblas": "OpenBLAS"}
+DEPTH = {
+    ("demo", "mlx"): ("--repeats", "128,16,12"),
+    ("demo", "openblas"): (),
+    ("random", "mlx"): ("--repeats", "8,4,4", "--new", "24", "--slice", "150"),
+    ("random", "openblas"): ("--repeats", "16,8,6", "--warmups", "2", "--slice", "150"),
+}
+"""How long `depth.py` measures, by pair and BLAS: some ten minutes each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
         "decode": ("--repeats", "1", "--new", "16"),
         "context": ("--repeats", "1", "--contexts", "1024,8192", "--quick"),
         "serve": ("--repeats", "1", "--new", "16", "--warmups", "1", "--scenarios", "batch", "--batches", "1,4"),
-        "depth": ("--repeats", "2", "--new", "32", "--batches", "1", "--deepest", "2"),
+        "depth": ("--repeats", "2", "--new", "32", "--batches", "1", "--depths", "0,1,2", "--warmups", "1"),
         "shared-noise": ("--repeats", "1", "--temperatures", "0.8", "--tokens", "32"),
     }
 
@@ -63,9 +70,8 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     for pair in ("demo", "random"):
         for b in blas:
             preload = openblas if b == "openblas" else None
-            found.append(
-                job("depth", "depth.py", "--pair", pair, "--tune", record=f"depth-{pair}-{b}", preload=preload)
-            )
+            options = ("--pair", pair, "--tune", *DEPTH[pair, b])
+            found.append(job("depth", "depth.py", *options, record=f"depth-{pair}-{b}", preload=preload))
     found.append(job("serve", "serve.py", *both, *peers))
     found.append(job("acceptance", "convert.py", "acceptance"))
     found.append(job("shared-noise", "acceptance.py"))

@@ -19,7 +19,7 @@ _START_ALONE = 1.0  # and what _FIRST is worth where there were none
 _OWN, _ALL = 40.0, 160.0  # samples that a rate remembers
 _STALE = 2.0  # what an old rate is still worth
 _NEIGHBOUR = 6.0  # samples below which a position's rate leans on the one before
-_MOVED = 0.5  # what a rate is worth that had to follow another
+_MOVED, _DOUBTED = 0.5, 2.0  # what a rate is worth that had to follow another, and at most where the text has changed
 _LATEST = 8.0  # samples that can belie a rate
 _ERRORS = 3.0 / math.sqrt(2.0 * _LATEST)  # by how many of a draft's spreads they then differ: 3 standard errors
 _LEAST_SPREAD = math.sqrt(0.05 * 0.95)
@@ -81,6 +81,10 @@ class Rate:
         """Move the mean, and trust it less."""
         self.mean = self._fast = min(max(self.mean + by, _LOWEST), _HIGHEST)
         self._weight = _MOVED
+
+    def doubt(self) -> None:
+        """What comes may have another rate."""
+        self._weight = min(self._weight, _DOUBTED)
 
     def spread(self) -> float:
         """The standard deviation of one draft."""
@@ -238,6 +242,9 @@ class AcceptanceModel:
     def doubt(self) -> None:
         """What is drafted next may be another kind of text."""
         self._reached = [min(r, self._now - int((_MOST_DRIFT / _DRIFT) ** 2)) for r in self._reached]
+        for rates in self._own.values():
+            for rate in rates:
+                rate.doubt()
 
     def deviations(self, requests: Sequence[int]) -> list[float]:
         """By how much the mean rate of these requests may be off, at each position."""

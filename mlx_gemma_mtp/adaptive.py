@@ -21,7 +21,7 @@ from .round_clock import RoundClock, Timed
 _EVERY, _SELDOM = 8, 16  # rounds from one choice to the next, and at most: doubling while nothing changes
 _HARDLY_EVER = 32  # and where no text could change anything
 _SOON = 4  # to the next choice where rows or their context have become others
-_HOPE = 1024  # rounds after which drafts are tried all the same
+_HOPE, _HOPE_CARRIED = 1024, 128  # rounds after which drafts are tried all the same; where costs come from elsewhere
 _TOGETHER = 16  # rounds that are taken in at once, where no choice comes next
 _GAIN = 1.015  # how much better another depth has to be, in two choices in a row,
 _GAIN_OVER_PLAIN, _GAIN_OF_PLAIN = 1.01, 1.01  # than plain decoding, and plain decoding than it,
@@ -37,13 +37,14 @@ _WANTED, _WANTED_SHARE = 1.05, 0.008  # and of it where nothing is drafted thoug
 _FIRST_SHARE, _FIRST_ROUNDS = 0.025, 300  # and of the first rounds,
 _FIRST_OF_RATES = 130  # which are fewer where the costs are known and only the texts are not
 _CREDIT = 20  # rounds over which a depth that should be better pays for being tried
-_BONUS = 8.0  # plain rounds' worth of it when a text has changed
+_BONUS, _LEAST_BONUS = 8.0, 0.25  # plain rounds' worth of it when a text has changed: halving while nothing comes of it
 _SAVINGS = 12.0  # plain rounds' worth that can be put by
 _HORIZON, _PAYBACK = 64, 2.0  # rounds over which a new shape's compilation has to pay, and how many times over
 _OPENING, _OPENING_ROUNDS = 2, 3  # drafts of a pair's first trial, and its rounds
 _TRIAL = 3  # rounds at a depth never measured, besides those that compile
 _REACH = 3  # drafts beyond the deepest ever measured that a trial may go
-_CUT, _UNCUT = 0.2, 0.12  # worth of a draft from which blocks are cut, and below which they no longer are
+_CUT, _UNCUT = 0.2, 0.12  # worth of a draft from which blocks are cut, and below which they no longer are;
+_AHEAD = 2.0  # so many times that where others are launched ahead, which hides a tenth of a round (bench/NOTES.md)
 _WAIT, _LONGEST_WAIT = 4, 256  # rounds from one trial of a depth to its next: doubling
 _UNSEEN = 3  # batches in a row that may begin at the last depth without a look: short ones get no other
 _NEWS_WAIT = 16  # rounds after which a new request may be tried for
@@ -90,15 +91,26 @@ class DepthMemory:
     trace: float = 0.03
     traced: bool = False
     purse: float = 0.0
+    bonus: float = _BONUS
     rounds: int = 0
     places: dict[Table, _Place] = field(default_factory=dict)
 
 
 class AdaptiveDepth:
-    """The depth policy of one scheduler; see `DepthPolicy`. `clock`: seconds, never falling."""
+    """The depth policy of one scheduler; see `DepthPolicy`. `clock`: seconds, never falling.
 
-    def __init__(self, memory: DepthMemory | None = None, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    `ahead`: whether the scheduler launches rounds with drafts ahead, which it can't where blocks are cut.
+    """
+
+    def __init__(
+        self,
+        memory: DepthMemory | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        ahead: bool = False,
+    ) -> None:
         self._memory = DepthMemory() if memory is None else memory
+        self._ahead = _AHEAD if ahead else 1.0
         self._costs, self._rounds = self._memory.costs, RoundClock(clock)
         self._acceptance = AcceptanceModel(self._memory.rates, self._memory.spread)
         self._predictability = Predictability()
@@ -107,6 +119,7 @@ class AdaptiveDepth:
         self._ended: list[int] = []
         self._trial: _Trial | None = None
         self._depth, self._chosen = 0, 0  # of the block planned, and without trials
+        self._asked: int | None = None  # where every row says what it wants
         self._wait, self._every = 0, _EVERY  # rounds to the next choice, and from the last one to it
         self._news, self._cut, self._hopeless, self._saving = False, False, False, False
         self._moved = False  # to another table, since the last choice
@@ -128,6 +141,7 @@ class AdaptiveDepth:
         if fresh:
             self._rounds.clear()
         new = least = most = 0
+        asked = False
         for request, cap, fixed in rows:
             if request not in running:
                 running[request] = cap
@@ -135,8 +149,10 @@ class AdaptiveDepth:
             if fixed is None:
                 most = cap if cap > most else most
             elif cap:
-                least = max(least, fixed)
+                least, asked = max(least, fixed), True
         self._news |= new > 0
+        if most or asked:
+            self._asked = None if most else least
         joining = not fresh and new == len(rows)
         calm = self._wait > 1 and not self._news and self._trial is None
         if most and calm and not fresh and width == self._width and context in self._contexts:
@@ -209,6 +225,8 @@ class AdaptiveDepth:
 
     def describe(self) -> DepthChoice:
         """What is chosen now, and why."""
+        if self._asked is not None:
+            return DepthChoice(depth=self._asked, reason="asked for by the requests")
         view = self._view
         if self._latest is not None:
             view = self._look(*self._latest)
@@ -304,7 +322,10 @@ class AdaptiveDepth:
             self._news = False
         if changed:
             self._acceptance.doubt()
-            self._memory.purse += _BONUS * view.seconds[0]
+            memory = self._memory
+            limit = max(_SAVINGS * view.seconds[0], memory.purse)
+            memory.purse = min(memory.purse + memory.bonus * view.seconds[0], limit)
+            memory.bonus = max(0.5 * memory.bonus, _LEAST_BONUS)
         current = max(place.depth if fresh or moved else self._chosen, least)
         best = max(
             (k for k in view.depths if table.measured(k) or k in (0, current, least)), key=view.rates.__getitem__
@@ -319,6 +340,8 @@ class AdaptiveDepth:
         place.rival = rival
         saved = (better - 1.0) * min(_HORIZON, 8 * most) * view.seconds[current]
         if rival and sure and saved >= _PAYBACK * self._traces(compiled, current, best):
+            if current == 0:
+                self._memory.bonus = _BONUS
             current, place.rival = best, 0
             if better > _MUCH:
                 place.renew(16 * _WAIT)
@@ -338,7 +361,7 @@ class AdaptiveDepth:
 
     def _cuts(self, view: View, depth: int) -> bool:
         """Whether blocks are cut: where a draft more is dear, and the shapes of short blocks soon pay."""
-        dear = view.worth(depth) >= (_UNCUT if self._cut else _CUT)
+        dear = view.worth(depth) >= (_UNCUT if self._cut else _CUT) * self._ahead
         return dear and self._memory.trace <= (0.7 if self._cut else 0.35) * view.seconds[depth]
 
     def _place(self, table: Table, view: View, compiled: Callable[[int], bool], *, fresh: bool) -> _Place:
@@ -348,7 +371,8 @@ class AdaptiveDepth:
             known = [k for k in known if table.measured(k) or (k == self._chosen and not fresh)] or known
             start = max([k for k in known if compiled(k)] or known, key=view.rates.__getitem__)
             # Costs were carried over, too: plain decoding was measured where they come from.
-            self._places[table] = _Place(start, view.level if self._place_before is None else self._place_before.level)
+            level = view.level if self._place_before is None else self._place_before.level
+            self._places[table] = _Place(start, level, hope=_HOPE_CARRIED if table.carried else _HOPE)
         self._place_before = self._places[table]
         return self._places[table]
 
@@ -403,6 +427,8 @@ class AdaptiveDepth:
                     value = (hopes[k] / rate - _GAIN) / (max(loss, 0.0) + 0.1 * view.seconds[current])
                     offers.append((value, loss, k, lasting[k]))
             self._saving = current == 0 and max(hopes[k] for k in losses) > _WANTED * rate
+            # What can never be saved up for would keep back all that can be.
+            offers = [offer for offer in offers if offer[1] <= _SAVINGS * view.seconds[0]]
         offers.sort(reverse=True)
         if current == 0 and self._acceptance.stale and (not offers or offers[0][1] > self._memory.purse):
             # Few drafts tell whether the text has changed, at the least cost, though it may not pay itself.
@@ -432,10 +458,15 @@ class AdaptiveDepth:
         return max(more, 0) * self._memory.trace
 
 
-def parse_depth(depth: int | str, memory: DepthMemory | None = None) -> FixedDepth | AdaptiveDepth:
-    """The policy for a caller's `depth`: a count, or "auto", which learns into `memory`. Raises ValueError."""
+def parse_depth(
+    depth: int | str, memory: DepthMemory | None = None, *, ahead: bool = False
+) -> FixedDepth | AdaptiveDepth:
+    """The policy for a caller's `depth`: a count, or "auto", which learns into `memory`. Raises ValueError.
+
+    `ahead`: see `AdaptiveDepth`.
+    """
     if depth == "auto":
-        return AdaptiveDepth(memory)
+        return AdaptiveDepth(memory, ahead=ahead)
     if isinstance(depth, int) and not isinstance(depth, bool) and 0 <= depth <= DEEPEST:
         return FixedDepth(depth)
     raise ValueError(f'depth is {depth!r}, expected "auto" or a whole number from 0 to {DEEPEST}')

@@ -45,6 +45,9 @@ _JUMP = 0.5  # of what was expected: what a sample of a cost that changed may sa
 _FIRST, _ALIKE, _ALIKE_PLAIN, _BELIED = 3, 3, 2, 8.0  # see `Table._check`
 
 
+_GUESSED = (1, 1.0), (32, 4.1), (4096, 4.1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CostFacts:
     """What a forward has to read, in any one unit: where the costs start from before anything is measured.
@@ -61,7 +64,7 @@ class CostFacts:
     used: int = 1
     kv: float = 0.0
     drafter: float = 0.06
-    products: tuple[tuple[int, float], ...] = ((1, 1.0), (32, 4.1), (4096, 4.1))
+    products: tuple[tuple[int, float], ...] = _GUESSED
 
     def __post_init__(self) -> None:
         points = self.products
@@ -135,9 +138,11 @@ class Table:
         self.joint = LevelFilter([_UNKNOWN] * (DEEPEST + 1) + [_UNKNOWN_STEP])
         self.faded = 0.0
         self.samples = [0] * (DEEPEST + 1)
-        self.step = facts.step(rows, context)
+        self.step, self._timed = facts.step(rows, context), facts.products != _GUESSED
         self.seen: set[tuple[int, int]] = set()
         self._surprises = [0] * (DEEPEST + 1)
+        self.carried = False
+        """Whether it started from what was measured for other rows or another context."""
         self.belied = False
         """Whether the last plain round was cheaper by far than expected, and only a part of that was believed."""
         self._last, self._streak, self._visit, self._age = -1, 0, 0, 0
@@ -146,7 +151,7 @@ class Table:
 
     def carry(self, other: Table) -> None:
         """Start from the other's measured shares, as the priors say how they differ."""
-        self.joint = other.joint.copy()
+        self.joint, self.carried = other.joint.copy(), True
         moved = [(_STEP, 1.0)]
         for k, seconds in enumerate(other.target):
             if seconds is None:
@@ -191,7 +196,7 @@ class Table:
             # What all depths' errors have in common doesn't say which of two has to give way to the other.
             most = max(range(DEEPEST + 1), key=self.samples.__getitem__)
             variance = [self.joint.of_ratio(k, most) + _LEAST_DOUBT for k in range(DEEPEST + 1)]
-            self._curve = _through(self.target, variance, self.prior)
+            self._curve = _through(self.target, variance, self.prior, timed=self._timed)
         return self._curve
 
     def steady(self) -> list[float]:
@@ -476,8 +481,10 @@ def _distance(a: tuple[int, int], b: tuple[int, int]) -> float:
     return abs(math.log2(a[0] / b[0])) + 0.5 * abs(a[1] - b[1])
 
 
-def _through(known: Sequence[float | None], variance: Sequence[float], prior: Sequence[float]) -> list[float]:
-    """A curve through known points, rising; between and behind them in the shape of the prior."""
+def _through(
+    known: Sequence[float | None], variance: Sequence[float], prior: Sequence[float], *, timed: bool
+) -> list[float]:
+    """A curve through known points, rising; between and behind them in the shape of the prior (`timed`: no guess)."""
     at = [k for k, s in enumerate(known) if s is not None]
     if not at:
         return list(prior)
@@ -490,7 +497,7 @@ def _through(known: Sequence[float | None], variance: Sequence[float], prior: Se
             assert above is not None
             guess = min(values[above] * prior[k] / prior[above], values[above])
         elif above is None:
-            guess = _beyond(values, prior, at, k)
+            guess = _beyond(values, prior, at, k, timed=timed)
         elif below == above:
             guess = values[k]
         else:
@@ -501,11 +508,14 @@ def _through(known: Sequence[float | None], variance: Sequence[float], prior: Se
     return curve
 
 
-def _beyond(values: Mapping[int, float], prior: Sequence[float], at: Sequence[int], k: int) -> float:
-    """Behind the last known point: in the shape of the prior, or on the line from the first one if that is more."""
+def _beyond(values: Mapping[int, float], prior: Sequence[float], at: Sequence[int], k: int, *, timed: bool) -> float:
+    """Behind the last known point: in the shape of the prior.
+
+    If that is a guess, on the line from the first point where it is more.
+    """
     first, last = at[0], at[-1]
     shaped = values[last] * prior[k] / prior[last]
-    if first == last:
+    if timed or first == last:
         return shaped
     return max(shaped, values[last] + (values[last] - values[first]) / (last - first) * (k - last))
 

@@ -32,6 +32,7 @@ class View:
     level: float
     least: int
     acceptance: list[float]
+    unknown: bool
     depth: int = 0
 
     @classmethod
@@ -71,6 +72,7 @@ class View:
             level=level,
             least=least,
             acceptance=[sum(at) / len(rows) for at in zip(*shares, strict=True)],
+            unknown=model.unknown,
         )
 
     def hopes(self, model: AcceptanceModel) -> list[float]:
@@ -111,15 +113,15 @@ class View:
     def describe(self) -> DepthChoice:
         """The choice in words and figures."""
         plain, shown = self.seconds[0], self.depth
+        accepted = "no draft verified yet" if self.unknown else f"acceptance {self.acceptance[0]:.2f}"
         if shown == 0:
             other = max(DEPTHS[1:], key=self.rates.__getitem__)
-            cost = self.seconds[other] / plain
-            reason = f"parked: verify({other + 1}) costs {cost:.1f} steps, acceptance {self.acceptance[0]:.2f}"
+            reason = f"parked: verify({other + 1}) costs {self.seconds[other] / plain:.1f} steps, {accepted}"
         else:
             gain = self.rates[shown] / self.rates[0]
             reason = (
                 f"{self.tokens[shown] / self.rows:.1f} tokens for {self.seconds[shown] / plain:.1f} steps: "
-                f"{gain:.2f}x plain, acceptance {self.acceptance[0]:.2f}"
+                f"{gain:.2f}x plain, {accepted}"
             )
         return DepthChoice(
             depth=shown,

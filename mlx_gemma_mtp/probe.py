@@ -338,10 +338,10 @@ def fingerprint(arrays: Sequence[mx.array]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What decides, besides weights, which kernels run: chip, versions, BLAS, MLX's variables."""
+    """What decides, besides weights, which kernels run: chip, versions, BLAS and its threads, MLX's variables."""
     from . import __version__
 
-    prefix, own = "MLX_", "MLX_GEMMA_MTP_"
+    prefix, own, threads = "MLX_", "MLX_GEMMA_MTP_", "_THREADS"  # BLAS's: OPENBLAS_NUM_THREADS, VECLIB_MAXIMUM_THREADS
     return {
         "chip": {k: str(v) for k, v in mx.device_info().items() if k in ("architecture", "device_name")},
         "device": str(mx.default_device()),
@@ -349,7 +349,11 @@ def environment() -> dict[str, Any]:
         "mlx": version("mlx"),
         "package": __version__,
         "preload": os.environ.get("LD_PRELOAD") or os.environ.get("DYLD_INSERT_LIBRARIES") or "",
-        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefix) and not k.startswith(own)},
+        "variables": {
+            k: v
+            for k, v in sorted(os.environ.items())
+            if (k.startswith(prefix) and not k.startswith(own)) or k.endswith(threads)
+        },
     }
 
 

@@ -24,7 +24,7 @@ def product_costs(
     """(tokens, cost in that of one token), rising in both, of a chain of some of `blocks`: (n, width) to (n, width).
 
     Of as many blocks as tell the time, spread over all: one's weights alone might stay in a cache. Takes some tenths of
-    a second, or three times what 15 tokens take where that is more. Sizes from one that is slow on are left out.
+    a second, or five times what 15 tokens take where that is more. Sizes from one that is slow on are left out.
     """
     begin = clock()
 

@@ -337,7 +337,7 @@ class Runtime:
 
     def depth_policy(self, depth: int | str) -> AdaptiveDepth | FixedDepth:
         """The policy for a caller's `depth`. All that are "auto" here learn into one memory. Raises ValueError."""
-        policy = parse_depth(depth, self.depth_memory)
+        policy = parse_depth(depth, self.depth_memory, ahead=_pipelined() == "all")
         return policy if self._loaded.drafter is not None else FixedDepth(0)
 
     def probe(
@@ -560,6 +560,7 @@ class Runtime:
                         if step is None:
                             continue
                         if filling.stopped and event.finish_reason is None:
+                            timing.depth = policy.describe()
                             scheduler.cancel(event.request_id)
                             filling.settle()
                         timing.decode_tokens += 0 if prefill else len(step.tokens)

@@ -21,7 +21,7 @@ from .views import CacheSpec
 
 BATCHES = (1, 2, 4, 8)
 CONTEXTS = (256, 3000)
-_ROUNDS = 6  # timed at least, behind one that compiles,
+_FEWEST, _ROUNDS = 3, 6  # timed at least, behind one that compiles; the first where time runs out,
 _QUICK, _MOST = 12.0, 120  # and up to so many within these seconds: a small pair's rounds are soon disturbed
 _QUIET = 3  # one in so many times of a round is shorter than the one that counts: other work only ever adds
 _AHEAD = 2  # rounds timed together where they are launched ahead
@@ -70,10 +70,11 @@ def tune(
     seconds: float = 110.0,
     progress: Progress | None = None,
 ) -> Tuning:
-    """Measure all batches in all contexts, for about `seconds` at most: short contexts and small batches first.
+    """Measure all batches in all contexts within `seconds`: short contexts and small batches first.
 
-    `pipelined`: rounds that the scheduler will launch ahead; they are measured so. Raises ValueError where there is no
-    drafter.
+    The first shape is measured however long it takes; later ones are left out where the time that is left won't do, by
+    what earlier ones took. `pipelined`: rounds that the scheduler will launch ahead; they are measured so. Raises
+    ValueError where there is no drafter.
     """
     if speculator.drafter is None:
         raise ValueError("there is no drafter: plain decoding is all that there is to choose")
@@ -82,8 +83,11 @@ def tune(
     shapes = [(rows, c) for c in sorted({max(min(n, room), 1) for n in contexts}) for rows in sorted(batches)]
     curves: list[Curve] = []
     left_out: list[tuple[int, int]] = []
+    end, needed = begin + seconds, dict[int, float]()
     for i, (rows, context) in enumerate(shapes):
-        if curves and time.perf_counter() - begin > seconds:
+        # Costs grow no faster than the rows.
+        expected = max((took * max(rows / other, 1.0) for other, took in needed.items() if other <= rows), default=0.0)
+        if curves and time.perf_counter() + expected > end:
             left_out.append((rows, context))
             continue
 
@@ -92,7 +96,7 @@ def tune(
                 what = f"{rows} row{'s' if rows > 1 else ''}, {context} tokens"
                 progress(what, max((done + share) / len(shapes), 1e-6))
 
-        steady, step = _measure(speculator, rows, context, vocab_size, pipelined, told)
+        steady, step, needed[rows] = _measure(speculator, rows, context, vocab_size, pipelined, end, told)
         costs.store(rows, context, steady, step)
         curves.append(Curve(rows=rows, context=context, seconds=tuple(costs.table(rows, context).steady())))
     took = time.perf_counter() - begin
@@ -105,18 +109,22 @@ def _measure(
     context: int,
     vocab_size: int,
     pipelined: Pipelined,
+    end: float,
     told: Callable[[float], None],
-) -> tuple[list[float], float]:
-    """Seconds of rounds that verify and draft 0, 1, … tokens, and of one draft.
+) -> tuple[list[float], float, float]:
+    """Seconds of rounds that verify and draft 0, 1, … tokens, of one draft, and of the fewest rounds that will do.
 
-    All kinds of rounds take turns, so that a machine that slows down does so for each.
+    These are run even where `end` comes before. All kinds of rounds take turns, so that a machine that slows down does
+    so for each.
     """
     shapes = [*((k, k) for k in range(DEEPEST + 1)), (0, _SPLIT), (0, 0)]
     spent: list[list[float]] = [[] for _ in shapes]
     draw = random.Random(0)
-    begin = time.perf_counter()
+    begin, needed = time.perf_counter(), 0.0
     for turn in range(_MOST + 1):
-        if turn > _ROUNDS and time.perf_counter() - begin > _QUICK:
+        now = time.perf_counter()
+        needed = now - begin if turn <= _FEWEST + 1 else needed
+        if (turn > _ROUNDS and now - begin > _QUICK) or (turn > _FEWEST and now + (now - begin) / turn > end):
             break
         cache = filled(speculator.spec, rows, context)
         for i, (verified, drafted) in enumerate(shapes):
@@ -128,7 +136,7 @@ def _measure(
             ahead = i < DEEPEST + 1 and pipelined == ("all" if verified else pipelined) and pipelined != "none"
             spent[i].append((_ahead if ahead else _alone)(speculator, cache, block, drafted))
     quiet = [sorted(times[1:])[(len(times) - 1) // _QUIET - 1] for times in spent]
-    return quiet[: DEEPEST + 1], max(quiet[-2] - quiet[-1], 0.0) / _SPLIT
+    return quiet[: DEEPEST + 1], max(quiet[-2] - quiet[-1], 0.0) / _SPLIT, needed
 
 
 def _alone(speculator: Speculator, cache: KVCache, block: Block, drafted: int) -> float:

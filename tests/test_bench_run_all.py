@@ -15,7 +15,7 @@ if not BENCH.is_dir():
     pytest.skip("a source distribution has no benchmarks", allow_module_level=True)
 
 run_all = bench_module("run_all")
-PARSERS = ("limits.py", "decode.py", "context.py", "serve.py")
+PARSERS = ("limits.py", "decode.py", "context.py", "serve.py", "depth.py")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from mlx_gemma_mtp.adaptive import AdaptiveDepth, DepthMemory
-from mlx_gemma_mtp.costs import CostModel
+from mlx_gemma_mtp.costs import CostFacts, CostModel
 from mlx_gemma_mtp.depth import DepthPolicy, FixedDepth, RoundShape, RowOutcome, RowState
 from mlx_gemma_mtp.depth_view import View
 
@@ -52,6 +53,16 @@ def test_regret_and_plain(kind: str, rate: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.85])
+def test_regret_with_compilations(kind: str, rate: float) -> None:
+    """Of 30 ms each, the time of one to five plain rounds."""
+    world = World(cost=KINDS[kind], rates=steady(rate), stall_every=50, trace=0.03)
+    most, rates = _best(world)[1], [_run(world, seed).rate() for seed in range(4)]
+    assert sum(rates) / 4 >= 0.965 * most
+    assert min(rates) >= 0.95 * most
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lag", [0, 1])
 def test_mixed_batches_with_one_round_under_way(kind: str, lag: int) -> None:
     """Rows of all kinds of text, with a profile; rounds are begun before the last one is observed, or not."""
@@ -74,10 +85,26 @@ def test_a_profile_leaves_little_to_be_found_out(kind: str, rows: int) -> None:
         assert min(rates) >= 0.94 * best, "bad luck costs more in so few rounds"
 
 
+PRODUCTS = {
+    "flat": ((1, 1.0), (128, 1.64)),
+    "linear": ((1, 1.0), (128, 86.0)),
+    "stepped": ((1, 1.0), (5, 1.0), (6, 1.7), (10, 1.7), (11, 3.2), (128, 3.2)),
+    "experts": ((1, 1.0), (32, 1.3), (128, 3.0)),
+}
+"""What a runtime times at load, by kind of cost."""
+
+
+def _loaded(kind: str) -> DepthMemory:
+    """What a runtime starts with that has no profile."""
+    facts = CostFacts(products=PRODUCTS[kind])
+    if kind == "experts":
+        facts = replace(facts, dense=0.06, experts=1.0, count=128, used=8)
+    return DepthMemory(CostModel(facts))
+
+
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(("kind", "before", "after"), [
-    ("flat", 0.9, 0.2), ("flat", 0.2, 0.9), ("experts", 0.9, 0.2), ("experts", 0.2, 0.9), ("linear", 0.9, 0.3),
-])  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("before", "after"), [(0.9, 0.2), (0.2, 0.9)])
 def test_it_recovers_within_60_rounds(kind: str, rows: int, before: float, after: float) -> None:
     """A text that gets easier repeats itself, which is seen while nothing is drafted."""
 
@@ -88,9 +115,37 @@ def test_it_recovers_within_60_rounds(kind: str, rows: int, before: float, after
         return round_ % 5 if (before if round_ < 1000 else after) > 0.6 else round_
 
     world = World(cost=KINDS[kind], rates=rates, rows=rows, rounds=1300, tokens=tokens)
-    _, best = _best(world.after(1000))
-    found = [_run(world, seed).rate(1060) / best for seed in range(4)]
-    assert sum(found) / 4 >= 0.93
+    best = _best(world.after(1000))[1]
+    runs = [_run(world, seed, _loaded(kind)) for seed in range(6)]
+    assert sum(run.rate(1060, 1120) for run in runs) / 6 >= 0.88 * best
+    assert sum(run.rate(1120) for run in runs) / 6 >= 0.96 * best
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rates_that_drift(kind: str, rows: int) -> None:
+    """From 0.95 to 0.15 and back, twice."""
+    world = World(
+        cost=KINDS[kind], rates=lambda row, t: [0.55 + 0.4 * math.cos(t / 500 * math.pi)] * 8, rows=rows, stall_every=50
+    )
+    best, most = world.best()
+    found = [_run(world, seed, _loaded(kind)).rate() for seed in range(4)]
+    assert sum(found) / 4 >= (0.97 if best else 0.98) * most
+    assert min(found) >= 0.96 * most
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize(("kind", "rate"), [("linear", 0.5), ("linear", 0.3), ("experts", 0.3)])
+def test_texts_that_change_in_vain_cost_little(kind: str, rate: float, rows: int) -> None:
+    """Code and prose in turns of 40 rounds, of which neither can be drafted: only the first changes are looked into."""
+    world = World(
+        cost=KINDS[kind], rates=steady(rate), rows=rows, stall_every=50,
+        tokens=lambda t: t % 5 if t // 40 % 2 else t,
+    )  # fmt: skip
+    best, most = _best(world)
+    found = [_run(world, seed, _loaded(kind)).rate() for seed in range(4)]
+    assert best == 0
+    assert sum(found) / 4 >= 0.965 * most
 
 
 def test_short_requests_cost_little_in_a_fresh_process() -> None:
@@ -287,6 +342,25 @@ def test_batches_that_are_soon_over_still_change_the_depth() -> None:
         policy.forget(n)
         policy.forget(n + 1)
     assert sum(late) <= 0.2 * len(late), "parked, but for trials"
+
+
+def test_what_the_requests_ask_for_is_said() -> None:
+    clock = Clock()
+    policy = AdaptiveDepth(clock=clock)
+    book = Book(policy, clock)
+    for fixed in (0, 3):
+        book.round([RowState(request=0, cap=1000, fixed=fixed)], flat, 8)
+        assert str(policy.describe()) == f"{('no', 0, 0, '3')[fixed]} drafts (asked for by the requests)"
+    for _ in range(20):
+        book.round([RowState(request=1, cap=1000)], flat, 8)
+    assert "asked" not in policy.describe().reason
+
+
+def test_before_any_draft_there_is_no_acceptance_to_tell() -> None:
+    clock = Clock()
+    policy = AdaptiveDepth(_tuned(World(cost=linear, rates=steady(0.5))), clock=clock)
+    Book(policy, clock).round([RowState(request=0, cap=1000)], linear, 0, context=300)
+    assert policy.describe().reason.endswith("no draft verified yet")
 
 
 def test_parking_is_explained() -> None:

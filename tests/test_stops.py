@@ -162,6 +162,7 @@ class TestRuntime:
             )
             assert out.text == text[: text.index(stop)]
             assert (out.finish_reason, out.stop) == ("stop", stop)
+            assert str(out.timing.depth).endswith("(fixed)")
             assert out.tokens == plain.tokens
             assert len(out.drafted) == len(out.tokens) == out.stats.tokens
             assert out.stats.tokens == out.stats.prefills + out.stats.accepted + out.stats.rounds - out.stats.cut

@@ -82,6 +82,18 @@ def test_what_there_is_no_time_for_is_said(monkeypatch: pytest.MonkeyPatch) -> N
         _tuned(drafter=False)
 
 
+@pytest.mark.parametrize("seconds", [3.0, 8.0, 13.0])
+def test_it_is_over_in_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """A shape takes seconds here: one that is begun late is measured in few rounds, and none is begun too late."""
+    clock = Clock(monkeypatch)
+    found = _tuned(seconds=seconds)
+    assert found.curves
+    assert clock.now <= seconds
+    assert len(found.curves) + len(found.left_out) == 4
+    for curve in found.curves:
+        assert curve.seconds[8] == pytest.approx(0.026 + 0.009 * curve.rows, rel=0.03)
+
+
 def test_the_best_depth_depends_on_acceptance() -> None:
     curve = Curve(rows=2, context=10, seconds=tuple(0.01 + 0.004 * k for k in range(9)))
     assert curve.best(0.1) == 0
