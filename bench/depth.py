@@ -295,7 +295,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slice", type=float, default=30.0, metavar="MS", help="an arm's turn (default: 30)")
     parser.add_argument("--depths", default="0,1,2,3,4,5,6", help="the fixed ones (default: 0 to 6)")
     parser.add_argument("--tune", action="store_true", help="measure the costs first, as `tune` does")
-    parser.add_argument("--tune-seconds", type=float, default=40.0)
+    parser.add_argument("--tune-seconds", type=float, default=110.0, help="at most (default: 110, as `tune`)")
     parser.add_argument("--out", type=Path, help="the record (default: none)")
     args = parser.parse_args(argv)
     for name in ("batches", "repeats", "depths"):

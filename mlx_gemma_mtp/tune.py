@@ -21,7 +21,7 @@ from .views import CacheSpec
 
 BATCHES = (1, 2, 4, 8)
 CONTEXTS = (256, 3000)
-_FEWEST, _ROUNDS = 3, 6  # timed at least, behind one that compiles; the first where time runs out,
+_FEWEST, _ROUNDS = 3, 6  # timed at least, behind one that compiles; the first where a shape's share of time is over,
 _QUICK, _MOST = 12.0, 120  # and up to so many within these seconds: a small pair's rounds are soon disturbed
 _QUIET = 3  # one in so many times of a round is shorter than the one that counts: other work only ever adds
 _AHEAD = 2  # rounds timed together where they are launched ahead
@@ -72,9 +72,9 @@ def tune(
 ) -> Tuning:
     """Measure all batches in all contexts within `seconds`: short contexts and small batches first.
 
-    The first shape is measured however long it takes; later ones are left out where the time that is left won't do, by
-    what earlier ones took. `pipelined`: rounds that the scheduler will launch ahead; they are measured so. Raises
-    ValueError where there is no drafter.
+    The shapes share the time. The first is measured however long it takes; later ones are left out where the time that
+    is left won't do, by what earlier ones took. `pipelined`: rounds that the scheduler will launch ahead; they are
+    measured so. Raises ValueError where there is no drafter.
     """
     if speculator.drafter is None:
         raise ValueError("there is no drafter: plain decoding is all that there is to choose")
@@ -96,7 +96,8 @@ def tune(
                 what = f"{rows} row{'s' if rows > 1 else ''}, {context} tokens"
                 progress(what, max((done + share) / len(shapes), 1e-6))
 
-        steady, step, needed[rows] = _measure(speculator, rows, context, vocab_size, pipelined, end, told)
+        share = (end - time.perf_counter()) / (len(shapes) - i)
+        steady, step, needed[rows] = _measure(speculator, rows, context, vocab_size, pipelined, share, end, told)
         costs.store(rows, context, steady, step)
         curves.append(Curve(rows=rows, context=context, seconds=tuple(costs.table(rows, context).steady())))
     took = time.perf_counter() - begin
@@ -109,13 +110,14 @@ def _measure(
     context: int,
     vocab_size: int,
     pipelined: Pipelined,
+    share: float,
     end: float,
     told: Callable[[float], None],
 ) -> tuple[list[float], float, float]:
     """Seconds of rounds that verify and draft 0, 1, … tokens, of one draft, and of the fewest rounds that will do.
 
-    These are run even where `end` comes before. All kinds of rounds take turns, so that a machine that slows down does
-    so for each.
+    These are run even where they take more than the `share` of seconds, or `end` comes before. All kinds of rounds take
+    turns, so that a machine that slows down does so for each.
     """
     shapes = [*((k, k) for k in range(DEEPEST + 1)), (0, _SPLIT), (0, 0)]
     spent: list[list[float]] = [[] for _ in shapes]
@@ -124,7 +126,9 @@ def _measure(
     for turn in range(_MOST + 1):
         now = time.perf_counter()
         needed = now - begin if turn <= _FEWEST + 1 else needed
-        if (turn > _ROUNDS and now - begin > _QUICK) or (turn > _FEWEST and now + (now - begin) / turn > end):
+        if turn > _ROUNDS and now - begin > _QUICK:
+            break
+        if turn > _FEWEST and (now - begin > share or now + (now - begin) / turn > end):
             break
         cache = filled(speculator.spec, rows, context)
         for i, (verified, drafted) in enumerate(shapes):

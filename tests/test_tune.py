@@ -94,6 +94,14 @@ def test_it_is_over_in_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> 
         assert curve.seconds[8] == pytest.approx(0.026 + 0.009 * curve.rows, rel=0.03)
 
 
+def test_small_shapes_leave_time_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first could use 12 seconds by itself."""
+    clock = Clock(monkeypatch)
+    found = _tuned(seconds=14.0)
+    assert [(c.rows, c.context) for c in found.curves] == [(1, 20), (2, 20), (1, 600), (2, 600)]
+    assert clock.now <= 14.0
+
+
 def test_the_best_depth_depends_on_acceptance() -> None:
     curve = Curve(rows=2, context=10, seconds=tuple(0.01 + 0.004 * k for k in range(9)))
     assert curve.best(0.1) == 0
