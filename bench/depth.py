@@ -210,8 +210,11 @@ def race(
         racers[arm] = Racer.start(runtime, policy if arm == "auto" else int(arm), prompts, new)
         if arm == "auto":
             compiled, left = runtime._speculator.traces - traces, time.perf_counter()
-    going = list(arms)
+    going, draw = list(arms), random.Random(0)
     while going:
+        # What ran before an arm has left its own in the caches: in a fixed order plain decoding would always come
+        # behind auto, that often decodes plainly, too, and auto behind the deepest.
+        draw.shuffle(going)
         for arm in tuple(going):
             traces = runtime._speculator.traces
             if arm == "auto":
