@@ -3,9 +3,10 @@
     python bench/depth.py --pair demo|random --acceptance 0.8 --batches 1,4,8
 
 All arms (auto, and each fixed depth) decode the same requests at the same time, each in a scheduler of its own: they
-take turns of --slice milliseconds, and only an arm's own turns count, for auto's clock, too. So a machine that slows
-down does so for all of them. The best fixed depth is chosen on every second repeat and scored on the others, on the
-same texts. Compiled rounds are shared: what auto needs is mostly there behind the warm-ups, which also teach it.
+take turns of --slice milliseconds in random order, and only an arm's own turns count, for auto's clock, too. So a
+machine that slows down does so for all of them. The best fixed depth is chosen on every second repeat and scored on the
+others, on the same texts. Compiled rounds are shared: what auto needs is mostly there behind the warm-ups, which also
+teach it.
 `random` is a pair of 60 M parameters with random weights whose drafter does its work, but whose guesses are scripted:
 the target's own tokens, right with the probability --acceptance.
 """
