@@ -96,8 +96,9 @@ def tune(
                 what = f"{rows} row{'s' if rows > 1 else ''}, {context} tokens"
                 progress(what, max((done + share) / len(shapes), 1e-6))
 
-        share = (end - time.perf_counter()) / (len(shapes) - i)
-        steady, step, needed[rows] = _measure(speculator, rows, context, vocab_size, pipelined, share, end, told)
+        now = time.perf_counter()
+        until = now + (end - now) / (len(shapes) - i)
+        steady, step, needed[rows] = _measure(speculator, rows, context, vocab_size, pipelined, until, told)
         costs.store(rows, context, steady, step)
         curves.append(Curve(rows=rows, context=context, seconds=tuple(costs.table(rows, context).steady())))
     took = time.perf_counter() - begin
@@ -110,14 +111,13 @@ def _measure(
     context: int,
     vocab_size: int,
     pipelined: Pipelined,
-    share: float,
-    end: float,
+    until: float,
     told: Callable[[float], None],
 ) -> tuple[list[float], float, float]:
     """Seconds of rounds that verify and draft 0, 1, … tokens, of one draft, and of the fewest rounds that will do.
 
-    These are run even where they take more than the `share` of seconds, or `end` comes before. All kinds of rounds take
-    turns, so that a machine that slows down does so for each.
+    These are run even where they end behind `until`. All kinds of rounds take turns, so that a machine that slows down
+    does so for each.
     """
     shapes = [*((k, k) for k in range(DEEPEST + 1)), (0, _SPLIT), (0, 0)]
     spent: list[list[float]] = [[] for _ in shapes]
@@ -128,7 +128,7 @@ def _measure(
         needed = now - begin if turn <= _FEWEST + 1 else needed
         if turn > _ROUNDS and now - begin > _QUICK:
             break
-        if turn > _FEWEST and (now - begin > share or now + (now - begin) / turn > end):
+        if turn > _FEWEST and now + (now - begin) / turn > until:
             break
         cache = filled(speculator.spec, rows, context)
         for i, (verified, drafted) in enumerate(shapes):
