@@ -29,7 +29,7 @@ DEPTH = {
     ("random", "mlx"): ("--repeats", "8,4,4", "--new", "24", "--slice", "150"),
     ("random", "openblas"): ("--repeats", "16,8,6", "--warmups", "2", "--slice", "150"),
 }
-"""How long `depth.py` measures, by pair and BLAS: some ten minutes each."""
+"""How long `depth.py` measures, by pair and BLAS: 6 to 25 minutes each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,10 @@ def jobs(args: argparse.Namespace) -> list[Job]:
         "decode": ("--repeats", "1", "--new", "16"),
         "context": ("--repeats", "1", "--contexts", "1024,8192", "--quick"),
         "serve": ("--repeats", "1", "--new", "16", "--warmups", "1", "--scenarios", "batch", "--batches", "1,4"),
-        "depth": ("--repeats", "2", "--new", "32", "--batches", "1", "--depths", "0,1,2", "--warmups", "1"),
+        "depth": (
+            *("--repeats", "2", "--new", "32", "--batches", "1", "--depths", "0,1,2", "--warmups", "1"),
+            *("--tune-seconds", "20"),
+        ),
         "shared-noise": ("--repeats", "1", "--temperatures", "0.8", "--tokens", "32"),
     }
 

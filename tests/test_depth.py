@@ -403,6 +403,18 @@ def test_what_a_further_draft_is_worth() -> None:
     assert FixedDepth(3).min_chain == 0.0
 
 
+@pytest.mark.parametrize(("slope", "cut", "cut_ahead"), [(0.02, False, False), (0.1, True, False), (0.4, True, True)])
+def test_blocks_are_cut_where_a_draft_is_dear(slope: float, cut: bool, cut_ahead: bool) -> None:
+    """Dearer where rounds are launched ahead, which cut ones can't be."""
+    world = World(cost=lambda r, k, c: 0.02 * (1 + slope * k), rates=steady(0.95), noise=0.0)
+    for ahead, expected in ((False, cut), (True, cut_ahead)):
+        clock = Clock()
+        policy = AdaptiveDepth(_tuned(world), clock=clock, ahead=ahead)
+        world.run(policy, clock)
+        assert policy._chosen > 1
+        assert (policy.min_chain > 0.0) == expected
+
+
 def test_a_failed_round_does_not_shift_the_clock_of_the_next() -> None:
     clock = Clock()
     memory = DepthMemory()
